@@ -58,7 +58,7 @@ from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.models import DualEncoder, FeatureScorer, Scorer, new_model
+from bigdssm.models import ALPHA_MAX, DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.models.encoders import TextEncoder, text_configs
@@ -97,6 +97,11 @@ class ModelFolder:
     def tokenizer(self) -> TextTokenizer | None:
         """The tokenizer of text features; None without one."""
         return None if self.tokenizer_dir is None else TextTokenizer(self.tokenizer_dir)
+
+    @property
+    def alpha(self) -> float:
+        """Return the score's scale."""
+        return float(self.model.log_alpha.detach().exp().clamp(max=ALPHA_MAX))
 
     @property
     def index_width(self) -> int:

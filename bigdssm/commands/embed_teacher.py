@@ -16,7 +16,7 @@ from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import RULES, at_least, command, one_of, open_with_rules, option
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.teachers import PretrainedEncoder, text_encoders
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.model import Texts

@@ -22,15 +22,14 @@ from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import OVERWRITE, RULES, at_least, check_file_to_write, command, open_with_rules, option
 from bigdssm.errors import ConfigError
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
     CrossEncoderTeacher,
     PairTeacher,
-    PretrainedEncoder,
     VectorTeacher,
     model_teacher,
     score_pairs,
-    text_encoders,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.model import Texts

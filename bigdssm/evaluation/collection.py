@@ -16,7 +16,8 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError, DivergedError
 from bigdssm.evaluation.comparison import System
-from bigdssm.evaluation.teachers import MAX_TOKENS, Bm25, PretrainedEncoder
+from bigdssm.evaluation.pretrained import MAX_TOKENS, PretrainedEncoder
+from bigdssm.evaluation.teachers import Bm25
 from bigdssm.evaluation.trec import Run, run_metrics, write_run
 from bigdssm.features import Feature, TextTokenizer, histories_of
 from bigdssm.features.canonical import columns_of
@@ -40,9 +41,10 @@ def measure_run(
     """Compute a run and measure it; `file`: also write it in TREC's format, with `tag` (default: its name)."""
     started = perf_counter()
     run = make()
+    seconds = perf_counter() - started + spent_s
     if file is not None:
         write_run(file, run, tag or name)
-    return System(name, run_metrics(collection.qrels, run), perf_counter() - started + spent_s)
+    return System(name, run_metrics(collection.qrels, run), seconds)
 
 
 def model_run(

@@ -25,7 +25,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.formats import CARD_FILE, EXPORT_FORMATS, ExportFormat, Parity, ReportedMetrics, model_card
-from bigdssm.export.onnx_format import EXPORT_FILE
+from bigdssm.export.onnx_model import EXPORT_FILE
 from bigdssm.models import DualEncoder
 from bigdssm.utils.atomic import check_replaceable, new_folder, real_path, write_json
 

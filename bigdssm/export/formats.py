@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import CheckpointError
-from bigdssm.export.text_tower import SIDES, Side, alpha, beta_weight, shared_beta
+from bigdssm.export.text_tower import SIDES, Side, beta_weight, shared_beta
 from bigdssm.features import Column, History, Ragged, encode_values, texts_of
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.loader.batch import Features, to_features
@@ -185,7 +185,7 @@ def model_card(
     description = (
         f"A two-tower retrieval model, trained with bigdssm: it encodes a query as a vector u and a document as a "
         f"vector w, both of width {config.dim} and {vectors}. The score is\n\n    alpha * <u, w> + beta\n\nwhere alpha "
-        f"is {alpha(model):.6g} and beta is {beta}. {parameters:,} parameters; checksum of the weights ({weights}): "
+        f"is {model.alpha:.6g} and beta is {beta}. {parameters:,} parameters; checksum of the weights ({weights}): "
         f"`{model.checksum}`. Format of this folder: {kind.format}."
     )
 

@@ -23,7 +23,6 @@ from bigdssm.export.formats import (
 from bigdssm.export.hf_loading import load_tower
 from bigdssm.export.text_tower import (
     Side,
-    alpha,
     beta_weight,
     loading_arguments,
     save_encoder,
@@ -68,7 +67,7 @@ class HuggingFaceExport(ExportFormat):
                 "activations": [activation for _, activation in tower.layers],
                 "normalized_after": tower.normalized_after,
                 "score": model.config.model.score,
-                "alpha": alpha(model),
+                "alpha": model.alpha,
                 "beta": shared_beta(model) if model.model.has_beta else None,  # unless beta is per document
                 "loading_arguments": loading_arguments(tower),
             }

@@ -27,7 +27,6 @@ from bigdssm.export.formats import ExportFormat, Parity, Probe, python_block, re
 from bigdssm.export.text_tower import (
     Side,
     TextTower,
-    alpha,
     beta_weight,
     loading_arguments,
     save_encoder,
@@ -117,7 +116,7 @@ class SentenceTransformersExport(ExportFormat):
         if needs_custom_code(model):
             modules.append(("1_NormalizeAllButLast", f"{CODE.stem}.NormalizeAllButLast"))
             (out / "1_NormalizeAllButLast").mkdir()
-            write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(alpha(model))})
+            write_json(out / "1_NormalizeAllButLast" / "config.json", {"scale": sqrt(model.alpha)})
             shutil.copyfile(CODE, out / CODE.name)
         elif not scores_by_dot(model):
             modules.append((f"{len(modules)}_Normalize", f"{MODULE}.Normalize"))
@@ -150,11 +149,11 @@ class SentenceTransformersExport(ExportFormat):
         }
         trainers = dict(probe.vectors)
         if needs_custom_code(model):
-            scale = torch.tensor([sqrt(alpha(model))] * model.config.model.dim + [1.0])
+            scale = torch.tensor([sqrt(model.alpha)] * model.config.model.dim + [1.0])
             trainers = {"query": trainers["query"] * scale, "doc": trainers["doc"] / scale}
         elif not scores_by_dot(model):
             dim = model.config.model.dim
-            trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / alpha(model)}
+            trainers = {"query": trainers["query"][:, :dim], "doc": trainers["doc"][:, :dim] / model.alpha}
         return Parity.of({side: torch.as_tensor(vectors) for side, vectors in ours.items()}, trainers)
 
     def loading(self, model: ModelFolder, name: str) -> str:
@@ -231,11 +230,11 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
     is_query, dim = tower.side == "query", model.config.model.dim
     if scores_by_dot(model) and not model.model.has_beta:
         if not is_query:
-            layers.append((alpha(model) * torch.eye(dim), None, _dotted("Identity")))
+            layers.append((model.alpha * torch.eye(dim), None, _dotted("Identity")))
     elif scores_by_dot(model):
         beta = beta_weight(model)
         beta = torch.zeros(1, dim) if beta is None else beta
-        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (alpha(model), beta, shared_beta(model))
+        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (model.alpha, beta, shared_beta(model))
         scale = 1.0 if needs_custom_code(model) else scale  # the custom module applies its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
         layers.append((weight, bias, _dotted("Identity")))

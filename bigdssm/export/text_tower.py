@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text, texts_of
-from bigdssm.models import ALPHA_MAX
 from bigdssm.models.encoders import text_configs, text_keys
 from bigdssm.models.encoders.transformer import ACTIVATIONS, TransformerEncoder
 from bigdssm.utils.atomic import write_json
@@ -58,11 +57,6 @@ def text_towers(folder: ModelFolder, target: str) -> tuple[TextTower, TextTower]
         normalized_after = len(added) if encoder.normalize else None
         towers.append(TextTower(side, feature, encoder, added + _layers(tower.mlp), normalized_after))
     return towers[0], towers[1]
-
-
-def alpha(folder: ModelFolder) -> float:
-    """Return the score's scale."""
-    return float(folder.model.log_alpha.detach().exp().clamp(max=ALPHA_MAX))
 
 
 def beta_weight(folder: ModelFolder) -> Tensor | None:

@@ -30,8 +30,7 @@ from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import FileCache
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import CheckpointError, ConfigError, DataError
-from bigdssm.export.onnx_format import EXPORT_FILE, query_tower, run_onnx
-from bigdssm.export.text_tower import alpha
+from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
 from bigdssm.retrieval.embed import item_contents, query_vectors
@@ -282,7 +281,7 @@ class Searcher:
     def query_vector(self, request: Request) -> QueryVector:
         """Return the vector of a request, as wide as those of the index. Raises as `queries.of`."""
         vector = self._index.query_vectors(self.encode([self.queries.of(request)]))[0].tolist()
-        return QueryVector(vector, len(vector), "inner product", alpha(self._folder), self._folder.doc_checksum)
+        return QueryVector(vector, len(vector), "inner product", self._folder.alpha, self._folder.doc_checksum)
 
     def similar(self, key: str, top: int, exclude: Sequence[str] = ()) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and its nearest documents but those with the keys `exclude`.

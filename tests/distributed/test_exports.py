@@ -14,7 +14,7 @@ from bigdssm.config import load_config
 from bigdssm.export.convert import export, stage_source
 from bigdssm.export.formats import Probe
 from bigdssm.export.hf_loading import load_tower
-from bigdssm.export.onnx_format import EXPORT_FILE
+from bigdssm.export.onnx_model import EXPORT_FILE
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 

@@ -120,6 +120,15 @@ def test_importing_brings_no_torch_and_takes_no_time() -> None:
     assert min(took) < 0.3
 
 
+def test_serving_a_model_without_texts_imports_no_transformers() -> None:
+    modules = [f"bigdssm.commands.{name}" for name in ("search", "serve", "recommend", "replay", "tune")]
+    script = (
+        f"import sys, bigdssm.serving.app, {', '.join(modules)}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "{'torch'}\n"
+
+
 def test_all_public_names_exist() -> None:
     for name in bigdssm.__all__:
         assert getattr(bigdssm, name).__module__.startswith("bigdssm.")

@@ -28,7 +28,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.evaluate import Pairs, ranks_of_vectors
 from bigdssm.evaluation.metrics import mean_metrics, paired_bootstrap, row_metrics
-from bigdssm.export.onnx_format import onnx_session, read_export, run_onnx
+from bigdssm.export.onnx_model import onnx_session, read_export, run_onnx
 from bigdssm.loader.batch import Collator, Features
 from bigdssm.retrieval.embed import query_vectors
 from bigdssm.retrieval.vectors import read_vectors

@@ -20,7 +20,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import Count
-from bigdssm.evaluation.teachers import PretrainedEncoder, check_encoder, text_encoders
+from bigdssm.evaluation.pretrained import PretrainedEncoder, check_encoder, text_encoders
 from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.model import Texts

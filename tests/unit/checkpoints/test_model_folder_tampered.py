@@ -20,7 +20,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.partition import read_json
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.export.onnx_format import read_export
+from bigdssm.export.onnx_model import read_export
 from bigdssm.features.numeric import Numeric
 from bigdssm.retrieval.vectors import read_meta
 from bigdssm.utils.hashing import json_checksum

@@ -16,13 +16,12 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
     PairTeacher,
-    PretrainedEncoder,
     VectorTeacher,
     ensemble,
     score_pairs,
-    text_encoders,
 )
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder

@@ -29,8 +29,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
 from bigdssm.export.formats import PARITY_LIMIT, Probe, ReportedMetrics
-from bigdssm.export.onnx_format import EXPORT_FILE, query_tower
-from bigdssm.export.text_tower import alpha
+from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
 from bigdssm.features import CalendarTime, Feature, Ragged, Session, TextTokenizer, Timestamp
 from bigdssm.ingest.fitting import make_tokenizer
 from bigdssm.loader.batch import Collator, to_features
@@ -316,7 +315,7 @@ def test_vectors_that_differ_are_not_written(
         target
     ]
     source = make_source(score="dot")
-    monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * alpha(model))
+    monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * model.alpha)
     differences = r"queries (0\.0e\+00|\d\.\de-07), documents (1\.0e-04|9\.\de-05)"
     with pytest.raises(CheckpointError, match=f"does not match the trainer: {differences}"):
         export(source, tmp_path / "exported", target)

@@ -15,7 +15,7 @@ from bigdssm.config import TowerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError
 from bigdssm.export.convert import export, folder_source
-from bigdssm.export.onnx_format import query_tower
+from bigdssm.export.onnx_model import query_tower
 from bigdssm.features import Numeric
 from bigdssm.models.encoders.scalar import MAX_DEVIATIONS, NumericEncoder
 from bigdssm.retrieval.index import Index, build_index, open_index

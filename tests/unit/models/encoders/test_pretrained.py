@@ -19,7 +19,7 @@ from transformers import AutoModel
 from bigdssm.config import TextInputs, load_config
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.evaluation.teachers import PretrainedEncoder
+from bigdssm.evaluation.pretrained import PretrainedEncoder
 from bigdssm.features import Ragged, Text, TextTokenizer
 from bigdssm.features.text import NO_TOKEN
 from bigdssm.features.tokenizer import FolderPrompts, prompts_in, token_difference
