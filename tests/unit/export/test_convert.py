@@ -311,11 +311,9 @@ def test_vectors_that_differ_are_not_written(
 ) -> None:
     if target == "sentence-transformers":
         pytest.importorskip("sentence_transformers")
-    module = {"hf": "bigdssm.export.hf_format", "sentence-transformers": "bigdssm.export.sentence_transformers_format"}[
-        target
-    ]
     source = make_source(score="dot")
-    monkeypatch.setattr(f"{module}.alpha", lambda model: 1.0001 * model.alpha)
+    alpha = 1.0001 * source.model.alpha
+    monkeypatch.setattr(ModelFolder, "alpha", alpha)
     differences = r"queries (0\.0e\+00|\d\.\de-07), documents (1\.0e-04|9\.\de-05)"
     with pytest.raises(CheckpointError, match=f"does not match the trainer: {differences}"):
         export(source, tmp_path / "exported", target)

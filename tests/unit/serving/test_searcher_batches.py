@@ -104,7 +104,7 @@ def test_a_tower_that_scales_a_batch_together_is_refused(
     checksum = load_model_folder(model_dir).checksum
     assert query_tower(exported / tower, checksum) is not None
     quantize_dynamic(str(exported / "query.onnx"), str(tmp_path / tower))
-    monkeypatch.setattr("bigdssm.export.onnx_format.read_export", lambda _: {"model_checksum": checksum})
+    monkeypatch.setattr("bigdssm.export.onnx_model.read_export", lambda _: {"model_checksum": checksum})
     with pytest.raises(CheckpointError, match="answers depend on the other requests"):
         query_tower(tmp_path / tower, checksum)
 
