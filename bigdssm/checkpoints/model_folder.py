@@ -1,4 +1,4 @@
-"""Save, load and identify model folders, also on the Hugging Face Hub; remove users and items from those of a run.
+"""Save, load and identify model folders, also on the Hugging Face Hub.
 
 Files: config.yaml, schema.json, vocabularies/, tokenizer/, text/, model.safetensors, bigdssm.json; frozen.safetensors
 with the weights that were not trained, if there are any, which successive folders of a stage share by a hard link;
@@ -26,13 +26,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-import numpy as np
 import torch
 import xxhash
 import yaml
 from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bigdssm.checkpoints.checkpoint import (
@@ -40,7 +39,6 @@ from bigdssm.checkpoints.checkpoint import (
     COMMON,
     TRAINED_CODES,
     check_file,
-    checkpoints_in,
     folder_checksums,
     open_tensors,
     read_manifest,
@@ -56,15 +54,13 @@ from bigdssm.config import (
 from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, tokenizer_hash
 from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
 from bigdssm.features.tokenizer import TextTokenizer
 from bigdssm.models import ALPHA_MAX, DualEncoder, FeatureScorer, Scorer, new_model
 from bigdssm.models.declarations import Transformer
-from bigdssm.models.embedding_tables import table_name
 from bigdssm.models.encoders import TextEncoder, text_configs
-from bigdssm.tables.files import MappedTables, RowFile, holds_rows, write_without
+from bigdssm.tables.files import MappedTables, RowFile
 from bigdssm.utils.arguments import checked
-from bigdssm.utils.atomic import Changes, hidden_version, link_or_copy, new_folder, real_path, write_json
+from bigdssm.utils.atomic import hidden_version, link_or_copy, new_folder, real_path, write_json
 from bigdssm.utils.hashing import file_checksum, json_checksum
 
 FORMAT = 1
@@ -73,8 +69,6 @@ WEIGHTS_FILE, FROZEN_FILE = "model.safetensors", "frozen.safetensors"
 TOKENIZER_DIR, TEXT_DIR, TABLES_DIR = "tokenizer", "text", "tables"
 RUN_MODEL_DIRS = ("sft/best", "pretrain/best", "best")  # suggested if the path is a run or a stage
 BEST = "best"
-WEIGHT = "tables.tables.{}.weight"  # of a table
-Codes = Mapping[tuple[str, str], np.ndarray]  # int64 ascending, by side and feature: those of removed users and items
 
 
 @dataclass(frozen=True)
@@ -464,114 +458,6 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     provenance = {"stage": stage_dir.name, "checkpoint": path.name, **documents}
     checksum = model_checksum(model, config, schema, tokenizer_dir, provenance)
     return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, checksum)
-
-
-def forget_in_model(folder: Path, codes: Codes, changes: Changes) -> None:
-    """Erase `codes` from the vocabularies and tables of a model folder.
-
-    Its checksum stays: no other vector changes. Raises CheckpointError: not a model folder, or damaged.
-    """
-    meta = read_model_meta(folder)
-    with changes.new_version(folder) as temporary:
-        Schema.load(folder).erase(codes, temporary)
-        rows = _rows_of_tables(folder, codes)
-        for name in (WEIGHTS_FILE, FROZEN_FILE):
-            if name not in meta["checksums"] or not (tables := _tables_in(folder / name, rows)):
-                continue
-            weights, is_changed = load_file(folder / name), False
-            for table in tables:
-                weight = weights[WEIGHT.format(table)]
-                zeroed = torch.from_numpy(rows[table][rows[table] < len(weight)])
-                is_changed |= bool(weight[zeroed].any())
-                weight[zeroed] = 0
-            if is_changed:
-                save_file(weights, temporary / name, metadata={"format": "pt"})
-        for name in meta["checksums"]:
-            if name.startswith(f"{TABLES_DIR}/") and holds_rows(folder / name, rows):
-                (temporary / TABLES_DIR).mkdir(exist_ok=True)
-                write_without(folder / name, temporary / name, rows)
-        checksums = {
-            name: stored_checksum(temporary / name) if (temporary / name).exists() else checksum
-            for name, checksum in meta["checksums"].items()
-        }
-        if checksums != meta["checksums"]:
-            write_json(temporary / META_FILE, {**meta, "checksums": checksums, "identity": model_identity(meta)})
-
-
-def forget_in_stage(folder: Path, codes: Codes, changes: Changes) -> None:
-    """Erase `codes` from the best model of a stage's folder, and remove the checkpoints that may contain their rows.
-
-    If best/ does not contain `codes`, its run began without them, and its checkpoints stay. Raises CheckpointError.
-    """
-    checkpoints, best = folder / CHECKPOINTS, folder / BEST
-    changes.remove_all(checkpoints, ["damaged-*", ".*"])
-    if not is_model_folder(best) or _contains(best, codes):
-        for path in checkpoints_in(checkpoints):
-            if _may_contain(path, folder, codes):
-                changes.remove(path)
-    if is_model_folder(best):
-        forget_in_model(best, codes, changes)
-
-
-def _contains(folder: Path, codes: Codes) -> bool:
-    """Return whether the vocabularies, or the codes and rows of hashed ids, of a model folder have one of `codes`."""
-    schema = Schema.load(folder)
-    for side, features in schema.sides.items():
-        for name, feature in categorical_of(features).items():
-            forgotten = codes.get((side, name), np.zeros(0, np.int64))
-            forgotten = forgotten[forgotten < feature.num_codes]
-            # hashed values have no vocabulary that would show an earlier deletion
-            if len(forgotten) and (
-                feature.hash_buckets or len(np.setdiff1d(forgotten - FIRST_CODE, feature.vocabulary.erased_indices))
-            ):
-                return True
-    return False
-
-
-def _may_contain(path: Path, stage: Path, codes: Codes) -> bool:
-    """Return whether a checkpoint has rows of `codes`, or lists them as trained; True if it is damaged."""
-    try:
-        checkpoint = read_manifest(path)
-        rows = _rows_of_tables(stage, codes)
-        for table, table_rows in rows.items():
-            spec = checkpoint.tensors.get(WEIGHT.format(table))
-            if spec is not None and (table_rows < spec.shape[0]).any():
-                return True
-        if len(_tables_in(stage / BEST / FROZEN_FILE, rows)):  # a resume requires the same frozen weights
-            return True
-        if any(holds_rows(file, rows) for files in checkpoint.table_files() for file in files):
-            return True
-        if any(name.startswith(COMMON + TRAINED_CODES) for name in checkpoint.tensors):
-            for name, tensor in open_tensors(path).with_prefix(COMMON + TRAINED_CODES).items():
-                trained, table_rows = tensor.numpy(), codes.get(("doc", name), np.zeros(0, np.int64))
-                # of vocabularies, these are bits, which name no one
-                if trained.dtype != np.uint8 and np.isin(table_rows, trained).any():
-                    return True
-    except (CheckpointError, OSError):
-        return True
-    return False
-
-
-def _rows_of_tables(folder: Path, codes: Codes) -> dict[str, np.ndarray]:
-    """Return the rows of `codes` by table; tables whose rows are shared by codes have none."""
-    config = load_written_config(folder / CONFIG_FILE)
-    rows: dict[str, np.ndarray] = {}
-    for (side, name), side_codes in codes.items():
-        feature = getattr(config.data, side).get(name)
-        if config.model.tables.hash_rows and isinstance(feature, Categorical) and feature.hash_buckets:
-            continue
-        table = table_name("doc" if config.data.siamese else side, name)
-        rows[table] = np.union1d(rows.get(table, side_codes), side_codes)
-    return rows
-
-
-def _tables_in(path: Path, rows: Mapping[str, np.ndarray]) -> list[str]:
-    """Return the tables of `rows` in a file of weights, which may not exist."""
-    if not path.is_file():
-        return []
-    with safe_open(path, "pt") as file:
-        names = set(file.keys())
-    return [table for table in rows if len(rows[table]) and WEIGHT.format(table) in names]
 
 
 FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR, TABLES_DIR)

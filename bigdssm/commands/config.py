@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     """Run the command line."""
     if not args.schema:
         config = load_config(args.config, args.overrides)
-        from bigdssm.training.start import check_model, check_settings  # takes seconds
+        from bigdssm.training.checks import check_model, check_settings  # takes seconds
 
         if config.pretrain.init is None:
             check_model(config.model, Schema.declared(config.data).inputs, 1)

@@ -19,7 +19,8 @@ from typing import Any, cast, get_args
 
 import numpy as np
 
-from bigdssm.checkpoints.model_folder import CONFIG_FILE, forget_in_model, forget_in_stage
+from bigdssm.checkpoints.model_folder import CONFIG_FILE
+from bigdssm.checkpoints.removal import forget_in_model, forget_in_stage
 from bigdssm.cli import OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.run_folder import is_locked
 from bigdssm.config import StageName, load_written_config

@@ -33,7 +33,7 @@ from bigdssm.cli import (
     refuse_options,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.retrieval.hard_negatives import write_candidates, write_rated
+from bigdssm.retrieval.mining import write_candidates, write_rated
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import ProgressBar
 

@@ -23,7 +23,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, tower_encoders
-from bigdssm.retrieval.hard_negatives import gather_hard_negatives, mine
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import read_vectors
 from bigdssm.utils.log import ProgressBar

@@ -16,7 +16,8 @@ from pathlib import Path
 from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, at_least, check_file_to_write, command, option
 from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.serving.request_log import read_log, replay
+from bigdssm.serving.replay import replay
+from bigdssm.serving.request_log import read_log
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar

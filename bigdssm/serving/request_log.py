@@ -1,7 +1,4 @@
-"""A log of answered requests as a table of Parquet files, written by a thread of each worker; and its replay.
-
-A replay computes the requests again and compares features, scores and answers, to measure training-serving skew.
-"""
+"""A log of answered requests as a table of Parquet files, written by a thread of each worker."""
 
 import fcntl
 import json
@@ -10,8 +7,7 @@ import queue
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import compress
@@ -23,12 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import ConfigError, DataError
+from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Column, Feature, Numeric, histories_of
 from bigdssm.features.base import FIRST_CODE
 from bigdssm.features.conditions import conditions, parse_filter
-from bigdssm.retrieval.request import parse_request
-from bigdssm.retrieval.search import DocumentNames, Query, first_users
+from bigdssm.retrieval.search import DocumentNames, first_users
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import Changes, new_file
 from bigdssm.utils.log import get_logger
@@ -57,9 +52,6 @@ MOST_WAITING = 10_000  # records of a worker
 PART, COMPLETE = ".part", ".parquet"  # suffixes of an open Arrow stream, and of a file that no one changes
 NAME_TIME = "%Y%m%dT%H%M%SZ"  # the beginning of names: when a file was opened
 DAY_S = 86_400
-REPLAYED_AT_ONCE = 256  # requests per batch of the model
-MOST_EXAMPLES = 10  # of a replay
-TOLERANCE = 1e-4  # of scores, relative to the largest one of the answer
 COMPARED_USERS, LEAST_SHARE = 1000, 0.25  # of users whose keys are values: their id, and not such as an age
 logger = get_logger(__name__)
 
@@ -306,85 +298,3 @@ def _text(value: Any) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
-
-
-def replay(
-    searcher: Searcher, log: Iterable[pa.RecordBatch], progress: Callable[[int], None] = lambda done: None
-) -> dict[str, Any]:
-    """Return a report of the requests of a `log` of the searcher's model.
-
-    A request is computed with the stored events up to its time, and differs if a feature does, or the documents, their
-    order or a score beyond TOLERANCE. Requests that `forget_in_log` changed are counted alone. The report has counts of
-    requests, shares of those compared, the mean overlap of the answers, and examples. Raises DataError: no request of
-    this model.
-    """
-    model, index = searcher.versions
-    counts, differing_features = Counter[str](), Counter[str]()
-    examples: list[dict[str, Any]] = []
-    overlap = largest_difference = 0.0
-
-    def compare(group: list[tuple[dict[str, Any], Query]]) -> None:
-        nonlocal overlap, largest_difference
-        for (row, query), result in zip(group, searcher.answer([query for _, query in group]), strict=True):
-            logged = json.loads(row["features"])
-            computed = json.loads(json.dumps(searcher.queries.decoded(query.columns)))  # in JSON types, as the log
-            names = [name for name in sorted({*logged, *computed}) if logged.get(name) != computed.get(name)]
-            logged_scores = dict(zip(row["document"], row["score"], strict=True))
-            scores = {document.key: float(document.score) for document in result.documents}
-            common = logged_scores.keys() & scores.keys()
-            overlap += len(common) / max(len(logged_scores), len(scores), 1)
-            largest_difference = max([largest_difference, *(abs(logged_scores[key] - scores[key]) for key in common)])
-            differing_features.update(names)
-            counts["requests"] += 1
-            counts["other_index"] += row["index"] != index
-            if not names and _is_same(logged_scores, scores):
-                continue
-            counts["differing"] += 1
-            if len(examples) < MOST_EXAMPLES:
-                values = {name: {"logged": logged.get(name), "replayed": computed.get(name)} for name in names}
-                answers = {"logged": list(logged_scores), "replayed": list(scores)}
-                examples.append({"request": row["request"], "features": values, "documents": answers})
-
-    for batch in log:
-        group = []
-        for row in batch.to_pylist():
-            if row["model"] != model:
-                counts["other_model"] += 1
-                continue
-            if row["cached"] is None:
-                counts["forgotten"] += 1
-                continue
-            try:
-                group.append((row, searcher.queries.of(parse_request(json.loads(row["body"])), as_of=row["time"])))
-            except (ConfigError, DataError) as error:  # a withdrawn user, or values that the model does not have
-                counts["invalid"] += 1
-                if len(examples) < MOST_EXAMPLES:
-                    examples.append({"request": row["request"], "error": str(error)})
-        for first in range(0, len(group), REPLAYED_AT_ONCE):
-            compare(group[first : first + REPLAYED_AT_ONCE])
-        progress(counts["requests"])
-    num_requests = counts["requests"]
-    if not num_requests:
-        raise DataError(
-            f"the log has no request that model {model[:12]} answers: {dict(counts)}; give the logged model"
-        )
-    return {
-        **{name: counts[name] for name in ("requests", "invalid", "other_model", "forgotten", "other_index")},
-        "differing": counts["differing"] / num_requests,
-        "features": {name: count / num_requests for name, count in differing_features.most_common()},
-        "overlap": overlap / num_requests, "largest_score_difference": largest_difference, "examples": examples,
-    }  # fmt: skip
-
-
-def _is_same(logged: Mapping[str, float], replayed: Mapping[str, float]) -> bool:
-    """Return whether two answers, scores by key in order, are equal up to rounding; equal scores may change places."""
-    tolerance = TOLERANCE * max(map(abs, [*logged.values(), *replayed.values()]), default=0.0)
-    if len(logged) != len(replayed):
-        return False
-    return all(
-        abs(score - at_position) <= tolerance
-        # A document that a tie has cut off has the last score
-        and abs(score - replayed.get(key, last)) <= tolerance
-        for last in [*replayed.values()][-1:]
-        for (key, score), at_position in zip(logged.items(), replayed.values(), strict=True)
-    )

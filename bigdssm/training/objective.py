@@ -243,7 +243,7 @@ class PositionBias:
 
     def __call__(self, shown: Tensor | None) -> Tensor:
         """Return the biases float64 [m, 1 + k] of positions from 1; 0 for an unknown one."""
-        assert shown is not None, "start.py requires the positions of candidates"
+        assert shown is not None, "checks.py requires the positions of candidates"
         return torch.cat([self._values.new_zeros(1), self._values])[shown.clamp(max=len(self._values))]
 
     def range(self) -> Tensor:

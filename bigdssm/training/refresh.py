@@ -37,7 +37,8 @@ from bigdssm.retrieval.embed import (
     item_contents,
     tower_encoders,
 )
-from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, gather_hard_negatives, mine
+from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.training.batches import FixedDocuments, row_stream
 from bigdssm.training.engine import Engine, device

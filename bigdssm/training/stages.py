@@ -41,6 +41,7 @@ from bigdssm.retrieval.vectors import open_vectors
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
+from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference
 from bigdssm.training.engine import (
     Engine,
     device,
@@ -60,13 +61,9 @@ from bigdssm.training.start import (
     GrownReader,
     StageProgress,
     StartPoint,
-    check_agreement,
     check_folder,
-    check_stage,
-    check_tables,
     find_start,
     limit_ids,
-    model_difference,
     segment_steps,
 )
 from bigdssm.training.trainer import Trainer

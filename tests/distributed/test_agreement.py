@@ -47,21 +47,21 @@ def test_a_rank_that_differs_is_named(
 def differing(rank: int, world_size: int, config: Path, run_dir: Path, setting: str) -> None:
     """Run with another `setting` on rank 1."""
     from bigdssm.dataset.dataset import Dataset
-    from bigdssm.training import start
+    from bigdssm.training import checks
 
     overrides: tuple[str, ...] = ()
-    versions, fingerprint = start.versions, Dataset.fingerprint
+    versions, fingerprint = checks.versions, Dataset.fingerprint
     if rank == 1 and setting == "config":
         overrides = ("pretrain.optimizer.lr=0.02",)
     elif rank == 1 and setting == "dataset":
         Dataset.fingerprint = property(lambda self: "other")  # type: ignore[assignment,method-assign]
     elif rank == 1:
         other = {"code": "another", "torch": "1.0"}[setting]
-        start.versions = lambda: {**versions(), setting: other}  # type: ignore[assignment]
+        checks.versions = lambda: {**versions(), setting: other}  # type: ignore[assignment]
     try:
         small_run.run(rank, world_size, config, run_dir, overrides)
     finally:
-        start.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
+        checks.versions, Dataset.fingerprint = versions, fingerprint  # type: ignore[assignment,method-assign]
 
 
 def stop_on_the_last_rank(rank: int, world_size: int) -> tuple[bool, bool, bool]:

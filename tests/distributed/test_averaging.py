@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bigdssm.config import load_config
 from bigdssm.errors import ConfigError
-from bigdssm.training.start import check_stage
+from bigdssm.training.checks import check_stage
 
 from . import small_run
 from .spawn import Pool

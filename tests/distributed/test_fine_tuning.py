@@ -16,7 +16,8 @@ from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_f
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import Encoders, tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, mine, window_records
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
+from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from tests.hard_negatives import write_hard_negatives

@@ -21,7 +21,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.models import RowGroup, new_model
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.retrieval.hard_negatives import HardNegatives
-from bigdssm.training.start import check_stage
+from bigdssm.training.checks import check_stage
 
 from . import small_run
 from .spawn import Pool

@@ -14,8 +14,8 @@ import torch
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.config import EngineConfig, load_config
 from bigdssm.errors import ConfigError
+from bigdssm.training.checks import check_stage
 from bigdssm.training.optimizers import AdamW
-from bigdssm.training.start import check_stage
 
 from . import small_run
 from .spawn import Pool

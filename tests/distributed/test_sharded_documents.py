@@ -20,9 +20,9 @@ from bigdssm.evaluation.comparison import MeasuredRows
 from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_split
 from bigdssm.retrieval import exact_search as rounds_module
 from bigdssm.retrieval import exact_search as top_module
-from bigdssm.retrieval import hard_negatives as mine_module
+from bigdssm.retrieval import mining as mine_module
 from bigdssm.retrieval.embed import Encoders
-from bigdssm.retrieval.hard_negatives import TrainPositives, gather_hard_negatives, mine
+from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.training.estimate import LiveBytes
 

@@ -38,7 +38,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
 from bigdssm.models.declarations import MlpConfig
-from bigdssm.training.start import check_stage
+from bigdssm.training.checks import check_stage
 from bigdssm.utils.components import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
 

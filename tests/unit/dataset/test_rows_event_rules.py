@@ -31,7 +31,8 @@ from bigdssm.losses.masks import find_known_positives, local_pairs
 from bigdssm.models import PackedLists
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.exact_search import excluded_documents
-from bigdssm.retrieval.hard_negatives import HardNegatives, TrainPositives
+from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.mining import TrainPositives
 from bigdssm.retrieval.recommend import TableRows, Users
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.search import Queries

@@ -31,7 +31,8 @@ from bigdssm.losses.contrastive import truncate
 from bigdssm.models import DualEncoder
 from bigdssm.models.encoders.pretrained import build_pretrained, pretrained_architecture, pretrained_encoder
 from bigdssm.retrieval.embed import encode_in, tower_encoders, truncate_vectors
-from bigdssm.retrieval.hard_negatives import HardNegatives, mine, sample_negatives
+from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
+from bigdssm.retrieval.mining import mine
 from bigdssm.sources.beir import Collection, CollectionEntry, read_collection
 from tests.command_line import Tools
 from tests.hard_negatives import write_hard_negatives

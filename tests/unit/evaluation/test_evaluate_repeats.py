@@ -20,8 +20,8 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.comparison import System, load_system, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import mine
 from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.recommend import RecommendOptions, Users, recommend
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.shards import Share

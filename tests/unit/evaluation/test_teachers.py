@@ -28,7 +28,8 @@ from bigdssm.models import DualEncoder
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import HardNegatives, gather_hard_negatives, mine, window_records
+from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
+from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.model import PairScorer, Texts
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.atomic import put_file

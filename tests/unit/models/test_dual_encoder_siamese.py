@@ -23,8 +23,8 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.losses import fps_loss
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import mine
 from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.recommend import SplitRows, TableRows
 from bigdssm.retrieval.request import Request
 from bigdssm.retrieval.vectors import write_vectors

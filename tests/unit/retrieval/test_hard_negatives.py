@@ -18,15 +18,13 @@ from bigdssm.retrieval.embed import DocumentVectors, Encoders, tower_encoders
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.hard_negatives import (
     HardNegatives,
-    TrainPositives,
     UniformNegatives,
-    gather_hard_negatives,
-    mine,
     sample_positions,
     sample_window,
     take_positions,
     window_records,
 )
+from bigdssm.retrieval.mining import TrainPositives, gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from tests.hard_negatives import write_hard_negatives
 

@@ -14,7 +14,8 @@ from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from bigdssm.retrieval.hard_negatives import HardNegatives, write_rated
+from bigdssm.retrieval.hard_negatives import HardNegatives
+from bigdssm.retrieval.mining import write_rated
 from tests.command_line import Tools
 from tests.conftest import PAIRS_DATA, WORDS, pick
 

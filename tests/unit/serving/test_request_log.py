@@ -33,7 +33,8 @@ from fastapi.testclient import TestClient
 
 from bigdssm.serving import request_log
 from bigdssm.serving.app import make_app
-from bigdssm.serving.request_log import RequestLog, _is_same, forget_in_log, read_log, replay
+from bigdssm.serving.replay import _is_same, replay
+from bigdssm.serving.request_log import RequestLog, forget_in_log, read_log
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.loader.stream import PairStream
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.hard_negatives import UniformNegatives, mine
+from bigdssm.retrieval.hard_negatives import UniformNegatives
+from bigdssm.retrieval.mining import mine
 from bigdssm.training import start
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import in_catalogue_share

@@ -22,8 +22,9 @@ from bigdssm.losses import ListwiseKL
 from bigdssm.models import new_model
 from bigdssm.retrieval.hard_negatives import window_records
 from bigdssm.training.batches import row_stream
+from bigdssm.training.checks import check_stage, check_tables
 from bigdssm.training.refresh import HardNegativeRefresh
-from bigdssm.training.start import _check_origin, check_folder, check_stage, check_tables
+from bigdssm.training.start import _check_origin, check_folder
 from bigdssm.training.validation import BestSelection, Validator
 from bigdssm.utils.log import no_progress
 from tests.distributed import small_run

@@ -19,7 +19,7 @@ from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.training import warm_start
-from bigdssm.training.start import check_stage
+from bigdssm.training.checks import check_stage
 from bigdssm.training.warm_start import initialize_item_embeddings, spectral_vectors
 
 NAME = "tables.tables.doc_item_id.weight"

@@ -23,7 +23,7 @@ from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
 from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
-from bigdssm.training.start import model_difference
+from bigdssm.training.checks import model_difference
 from tests.encoders import LORA, write_pairs
 
 

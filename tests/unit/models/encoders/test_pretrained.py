@@ -32,7 +32,7 @@ from bigdssm.models.encoders.pretrained import (
 )
 from bigdssm.models.encoders.transformer import PACKABLE, TransformerEncoder
 from bigdssm.models.packed import Packed, pack
-from bigdssm.training.start import check_stage
+from bigdssm.training.checks import check_stage
 from tests.encoders import DECODERS, FAMILIES, WORDS, write_family, write_pairs
 from tests.packing import within_rows
 
