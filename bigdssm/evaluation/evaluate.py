@@ -47,7 +47,7 @@ from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import Progress, no_progress
 
 PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # per tile of a pair scorer, which builds a vector per pair
-TILE_SCORES = 8_388_608  # per tile, 32 MiB of float32
+QUERIES_PER_TILE, TILE_SCORES = 512, 8_388_608  # of index vectors; a tile has 32 MiB of float32
 # Vectors depend on the batch size in their last bits, so scores within rounding error are ties. Otherwise noise would
 # rank the documents of a collapsed model, whose scores are all equal.
 TIE_RELATIVE = 16 * torch.finfo(torch.float32).eps
@@ -71,7 +71,9 @@ def _target_product(queries: Tensor, documents: Tensor) -> Tensor:
     return torch.stack([(queries * documents).sum(dim=1), tolerance], dim=1)
 
 
-INNER_PRODUCT = Scoring(inner_products, _target_product, queries_at_once=512, scores_at_once=TILE_SCORES)  # of vectors
+def inner_product_scoring() -> Scoring:
+    """Score index vectors by inner product."""
+    return Scoring(inner_products, _target_product, QUERIES_PER_TILE, TILE_SCORES)
 
 
 def pair_scoring(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
@@ -104,8 +106,9 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: P
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
     """
-    target_scores = INNER_PRODUCT.target(queries, documents[target])
-    return 1 + _counts(INNER_PRODUCT, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
+    scoring = inner_product_scoring()
+    target_scores = scoring.target(queries, documents[target])
+    return 1 + _counts(scoring, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
 
 
 def ranks_of_scores(
@@ -259,7 +262,7 @@ def evaluate_split(
     started = time.perf_counter()
     dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
-    scoring = INNER_PRODUCT
+    scoring = inner_product_scoring()
     if isinstance(encoders, ScoredEncoders):
         scoring, documents = pair_scoring(encoders.scorer), None
     if documents is None:

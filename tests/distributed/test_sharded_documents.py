@@ -31,8 +31,8 @@ from .spawn import Pool
 DOCS, DIFFERENT, D, FIRST, LAST, MARGIN = 1003, 400, 17, 3, 20, 1.0
 SMALL: tuple[tuple[Any, str, int], ...] = (
     (split_module, "QUERIES_AT_ONCE", 37), (mine_module, "QUERIES_AT_ONCE", 142), (rounds_module, "PAIRS_AT_ONCE", 290),
-    (ranks_module, "QUERIES_AT_ONCE", 16), (ranks_module, "TILE_SCORES", 16 * 128),
-    (top_module, "QUERIES_AT_ONCE", 64), (top_module, "TILE_DOCS", 128),
+    (ranks_module, "QUERIES_PER_TILE", 16), (ranks_module, "TILE_SCORES", 16 * 128),
+    (top_module, "TOP_QUERIES_AT_ONCE", 64), (top_module, "TILE_DOCS", 128),
 )  # fmt: skip
 
 
