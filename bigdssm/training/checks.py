@@ -1,4 +1,4 @@
-"""Checks of a stage before anything is written: of its config and its data, on each rank, then across ranks."""
+"""Validate a stage before anything is written: its config and its data, on each rank, then across ranks."""
 
 import os
 import socket
