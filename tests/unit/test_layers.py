@@ -248,3 +248,18 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert import_cycle(imports) is None
     imports["bigdssm.dataset.catalogue"].add("bigdssm.dataset.dataset")
     assert "bigdssm.dataset.catalogue" in (import_cycle(imports) or ())
+
+
+def is_misplaced(test: Path) -> bool:
+    """Return whether a unit test's folder is no package, or its name does not begin with a module or the package."""
+    package = ROOT / "bigdssm" / test.relative_to(ROOT / "tests/unit").parent
+    names = {package.name, *(path.stem for path in package.glob("[a-z]*"))}
+    topic = test.stem.removeprefix("test_")
+    return not package.is_dir() or not any(topic == name or topic.startswith(f"{name}_") for name in names)
+
+
+def test_unit_tests_are_found_by_the_name_of_their_module() -> None:
+    tests = list((ROOT / "tests/unit").glob("*/**/test_*.py"))
+    assert len(tests) > 100 and not [test for test in tests if is_misplaced(test)]
+    assert is_misplaced(ROOT / "tests/unit/loader/test_streams.py")
+    assert is_misplaced(ROOT / "tests/unit/data/test_stream.py")
