@@ -85,8 +85,8 @@ def store_sources(tables: ShardedTables) -> dict[str, RowSource]:
 
     def source(name: str) -> RowSource:
         store = tables.stores[name]
-        rows, local = store.saved(tables.steps, states=False)
-        return RowSource(store.key, rows, lambda part: store.content_of(rows[part], local[part], states=False))
+        rows, positions = store.saved(tables.steps, states=False)
+        return RowSource(store.key, rows, lambda part: store.content_of(rows[part], positions[part], states=False))
 
     return {name: source(name) for name in tables.stores}
 

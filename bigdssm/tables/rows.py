@@ -98,16 +98,16 @@ class RowPartition:
         """The range [first, end) of this rank's shards."""
         return -(-self.rank * SHARDS // self.world_size), -(-(self.rank + 1) * SHARDS // self.world_size)
 
-    def local(self, rows: np.ndarray) -> np.ndarray:
+    def positions(self, rows: np.ndarray) -> np.ndarray:
         """Return the positions of this rank's rows in its storage; rows that are added later follow."""
         first, end = self.shards
         return np.asarray(rows // SHARDS * (end - first) + shard_of(rows) - first)
 
-    def rows(self, local: np.ndarray) -> np.ndarray:
-        """Return the rows at positions of the storage; the inverse of `local`."""
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows at positions of the storage; the inverse of `positions`."""
         first, end = self.shards
         size = end - first
-        return np.asarray(local // size * SHARDS + (local % size + first) * _INVERSE_SPREAD % SHARDS)
+        return np.asarray(positions // size * SHARDS + (positions % size + first) * _INVERSE_SPREAD % SHARDS)
 
     def capacity(self, rows: int) -> int:
         """Return the size of the storage for a table of `rows` rows."""
@@ -251,13 +251,13 @@ class RowCache:
         self._stored = stored
         self._slot_of = np.zeros(len(next(iter(stored.values()))), np.int32)  # a slot plus 1; 0: not in the cache
 
-    def hits(self, local: np.ndarray) -> int:
+    def hits(self, positions: np.ndarray) -> int:
         """Return the number of positions that are in the cache."""
-        return int(np.count_nonzero(self._slot_of[local]))
+        return int(np.count_nonzero(self._slot_of[positions]))
 
-    def read(self, local: np.ndarray) -> dict[str, Tensor]:
+    def read(self, positions: np.ndarray) -> dict[str, Tensor]:
         """Return the tensors [n, d] of positions, on the device, and keep them as long as there is space."""
-        slots = self._slot_of[local].astype(np.int64) - 1
+        slots = self._slot_of[positions].astype(np.int64) - 1
         missing = np.flatnonzero(slots == ABSENT)
         self._reads += 1
         self._last_use[slots[slots != ABSENT]] = self._reads
@@ -267,7 +267,7 @@ class RowCache:
         if len(missing) < len(unused):
             unused = unused[np.argpartition(self._last_use[unused], len(missing))[: len(missing)]]
         self._write_back(unused[self._changed[unused]])
-        replaced, new = self._position[unused], local[missing]
+        replaced, new = self._position[unused], positions[missing]
         self._slot_of[replaced[replaced != ABSENT]] = 0
         self._slot_of[new] = unused + 1
         self._position[unused], self._last_use[unused] = new, self._reads
@@ -279,22 +279,22 @@ class RowCache:
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
         tensors = {}
         for name, stored in self._stored.items():
-            tensors[name] = torch.empty(len(local), stored.shape[1], dtype=stored.dtype, device=self._device)
+            tensors[name] = torch.empty(len(positions), stored.shape[1], dtype=stored.dtype, device=self._device)
             tensors[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
-            stored_rows = to_device(stored[torch.from_numpy(local[outside])], self._device)
+            stored_rows = to_device(stored[torch.from_numpy(positions[outside])], self._device)
             tensors[name].index_copy_(0, self._index(outside), stored_rows)
         return tensors
 
-    def write(self, local: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, positions: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
         """Set positions to tensors [n, d]."""
-        slots = self._slot_of[local].astype(np.int64) - 1
+        slots = self._slot_of[positions].astype(np.int64) - 1
         inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
         self._changed[slots[inside]] = True
         for name, tensor in tensors.items():
             cached_rows = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
             self._cached[name].index_copy_(0, self._index(slots[inside]), cached_rows)
             stored_rows = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
-            self._stored[name].index_copy_(0, torch.from_numpy(local[outside]), stored_rows)
+            self._stored[name].index_copy_(0, torch.from_numpy(positions[outside]), stored_rows)
 
     def flush(self) -> None:
         """Write all changed rows to the storage."""
@@ -371,45 +371,45 @@ class RowStore:
         stored = torch.from_numpy(self._on_host(size, width, np.uint16 if narrow else np.float32, name))
         return stored.view(torch.bfloat16) if narrow else stored
 
-    def _local(self, rows: np.ndarray) -> np.ndarray:
+    def _positions(self, rows: np.ndarray) -> np.ndarray:
         """Return the positions of rows in the storage, 0 for rows without a slot."""
-        return self.partition.local(rows) if self._slots is None else self._slots.find(rows)
+        return self.partition.positions(rows) if self._slots is None else self._slots.find(rows)
 
-    def _rows(self, local: np.ndarray) -> np.ndarray:
-        return self.partition.rows(local) if self._slots is None else self._slots.rows[local]
+    def _rows(self, positions: np.ndarray) -> np.ndarray:
+        return self.partition.rows(positions) if self._slots is None else self._slots.rows[positions]
 
     def _assign(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Return the positions of distinct rows in the storage, for writing; rows without a slot get one.
 
         Raises DiskFullError.
         """
-        local = self._local(rows)
+        positions = self._positions(rows)
         if self._slots is not None:
-            if len(absent := np.flatnonzero(local == 0)) > len(self._slots.free):
+            if len(absent := np.flatnonzero(positions == 0)) > len(self._slots.free):
                 self._release(np.flatnonzero(self._expired(np.arange(len(self.updated)), step)), step)
                 while len(self._slots.free) < len(rows) + len(self.updated) // 4:
                     self._grow()
-                local = self._local(rows)
-                absent = np.flatnonzero(local == 0)
-            local[absent] = self._slots.add(rows[absent])
+                positions = self._positions(rows)
+                absent = np.flatnonzero(positions == 0)
+            positions[absent] = self._slots.add(rows[absent])
         for file in self._files.values():
-            file.reserve(local)
-        return local
+            file.reserve(positions)
+        return positions
 
-    def _release(self, local: np.ndarray, step: int) -> None:
+    def _release(self, positions: np.ndarray, step: int) -> None:
         """Return rows to their initial values, and free their slots."""
         if self._cache is not None:
             self._cache.clear()
-        self._released.append((step, self._rows(local)))
+        self._released.append((step, self._rows(positions)))
         if sum(len(rows) for _, rows in self._released) > len(self.updated):  # no more than the table itself
             self._released, self.evictions_known_from = [], step + 1
-        self.updated[local] = 0
+        self.updated[positions] = 0
         if self.occurrences is not None:
-            self.occurrences[local] = 0
+            self.occurrences[positions] = 0
         for name in self._states:
-            self.stored[name].index_fill_(0, self._index(local), 0)
+            self.stored[name].index_fill_(0, self._index(positions), 0)
         if self._slots is not None:
-            self._slots.remove(local)
+            self._slots.remove(positions)
 
     def _grow(self) -> None:
         """Double the number of slots, and the arrays one by one."""
@@ -441,20 +441,20 @@ class RowStore:
         """
         if self.occurrences is None:
             return np.ones(len(rows), bool)
-        local = self._local(rows)
-        admitted = (self.occurrences[local] >= self.spec.admit_after) & ~self._expired(local, step)
+        positions = self._positions(rows)
+        admitted = (self.occurrences[positions] >= self.spec.admit_after) & ~self._expired(positions, step)
         return np.asarray(admitted | (rows == OUT_OF_VOCABULARY))
 
-    def _expired(self, local: np.ndarray, step: int) -> np.ndarray:
-        last, limit = self.updated[local].astype(np.int64) - 1, self.spec.evict_after
-        return np.asarray((last >= 0) & (step - last > limit) if limit else np.zeros(len(local), bool))
+    def _expired(self, positions: np.ndarray, step: int) -> np.ndarray:
+        last, limit = self.updated[positions].astype(np.int64) - 1, self.spec.evict_after
+        return np.asarray((last >= 0) & (step - last > limit) if limit else np.zeros(len(positions), bool))
 
     def read(self, rows: np.ndarray, step: int) -> Tensor:
         """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
-        local = self._local(rows)
-        stored = np.flatnonzero(self.updated[local])
+        positions = self._positions(rows)
+        stored = np.flatnonzero(self.updated[positions])
         if self._cache is not None and len(stored):
-            distinct, inverse = np.unique(local[stored], return_inverse=True)  # several ranks may request a row
+            distinct, inverse = np.unique(positions[stored], return_inverse=True)  # several ranks may request a row
             self.num_read += len(distinct)
             self.num_hits += self._cache.hits(distinct)
             cached = self._cache.read(distinct)["values"].float()
@@ -463,14 +463,14 @@ class RowStore:
             values.index_copy_(0, index, cached[source])
         elif self._files:  # only stored rows are read: tmpfs adds blocks to pages that are read
             values = torch.zeros(len(rows), self.spec.dim)
-            values[stored] = self.stored["values"][local[stored]].float()
+            values[stored] = self.stored["values"][positions[stored]].float()
         else:
-            values = self.stored["values"][self._index(local)].float()
-        return self._with_initial(values, rows, local, step)
+            values = self.stored["values"][self._index(positions)].float()
+        return self._with_initial(values, rows, positions, step)
 
-    def _with_initial(self, values: Tensor, rows: np.ndarray, local: np.ndarray, step: int) -> Tensor:
+    def _with_initial(self, values: Tensor, rows: np.ndarray, positions: np.ndarray, step: int) -> Tensor:
         """Set rows that were never updated, or are evicted before `step`, to their initial values."""
-        new = np.flatnonzero((self.updated[local] == 0) | self._expired(local, step))
+        new = np.flatnonzero((self.updated[positions] == 0) | self._expired(positions, step))
         if len(new):
             initial = torch.from_numpy(initial_rows(rows[new], self.spec.dim, self.key, self.spec.std))
             index = to_device(torch.from_numpy(new), values.device)
@@ -479,23 +479,23 @@ class RowStore:
 
     def update(self, rows: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
-        local = self._assign(rows, step)
+        positions = self._assign(rows, step)
         if self._cache is None:
-            index = self._index(local)
+            index = self._index(positions)
             states = {name: stored[index] for name, stored in self.stored.items()}
         else:
-            states = self._cache.read(local)
-        values = self._with_initial(states.pop("values").float(), rows, local, step)
-        if len(expired := np.flatnonzero(self._expired(local, step))):
+            states = self._cache.read(positions)
+        values = self._with_initial(states.pop("values").float(), rows, positions, step)
+        if len(expired := np.flatnonzero(self._expired(positions, step))):
             for state in states.values():
                 state.index_fill_(0, to_device(torch.from_numpy(expired), state.device), 0)
             if self.occurrences is not None:
-                self.occurrences[local[expired]] = 0
+                self.occurrences[positions[expired]] = 0
         self._optimizer.update(values, gradients.to(values.device), states, lr, step)
-        self._write(local, values, states)
+        self._write(positions, values, states)
         if self.occurrences is not None:
-            self.occurrences[local] = np.minimum(self.occurrences[local] + 1, self.spec.admit_after)
-        self.updated[local] = step + 1
+            self.occurrences[positions] = np.minimum(self.occurrences[positions] + 1, self.spec.admit_after)
+        self.updated[positions] = step + 1
 
     def trim(self, step: int) -> None:
         """Reduce each virtual shard with more rows than its capacity to 7/8 of it; the rows updated last are retained.
@@ -505,18 +505,18 @@ class RowStore:
         """
         if not self.spec.capacity:
             return
-        local = np.flatnonzero(self.updated)
-        shards = shard_of(self._rows(local))
+        positions = np.flatnonzero(self.updated)
+        shards = shard_of(self._rows(positions))
         counts = np.bincount(shards, minlength=SHARDS)
         full = np.flatnonzero(counts[shards] > self.spec.shard_capacity)
         if not len(full):
             return
-        local, shards = local[full], shards[full]
-        order = np.lexsort((self._rows(local), -self.updated[local], shards))
+        positions, shards = positions[full], shards[full]
+        order = np.lexsort((self._rows(positions), -self.updated[positions], shards))
         firsts = np.searchsorted(shards[order], shards[order])  # of the shard
         # less than the capacity, so that few shards are sorted the next time
         retained = self.spec.shard_capacity - self.spec.shard_capacity // 8
-        self._release(local[order[np.arange(len(order)) - firsts >= retained]], step)
+        self._release(positions[order[np.arange(len(order)) - firsts >= retained]], step)
 
     def content(self, step: int, *, states: bool) -> dict[str, Tensor]:
         """Return the updated rows that are not evicted before `step`, ascending, on the host: `rows` and `values`.
@@ -527,13 +527,13 @@ class RowStore:
 
     def saved(self, step: int, *, states: bool, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of `content` that step `since` or a later one updated, and their positions in the storage."""
-        local = np.flatnonzero(self.updated > since)
-        local = local[~self._expired(local, step)]
-        rows = self._rows(local)
+        positions = np.flatnonzero(self.updated > since)
+        positions = positions[~self._expired(positions, step)]
+        rows = self._rows(positions)
         order = np.argsort(rows)
         if not states:
             order = order[self.is_admitted(rows[order], step)]
-        return rows[order], local[order]
+        return rows[order], positions[order]
 
     def evicted(self, step: int, since: int) -> np.ndarray:
         """Return the rows that are evicted before `step` and were not before step `since`, ascending.
@@ -541,39 +541,39 @@ class RowStore:
         Known for `since` from `evictions_known_from` on; those of earlier steps are forgotten.
         """
         self._released = [(evicted_step, rows) for evicted_step, rows in self._released if evicted_step >= since]
-        local = np.flatnonzero(self.updated)
-        local = local[self._expired(local, step) & ~self._expired(local, since)]
-        released = (rows[self.updated[self._local(rows)] == 0] for _, rows in self._released)
-        return np.unique(np.concatenate([self._rows(local), *released]))
+        positions = np.flatnonzero(self.updated)
+        positions = positions[self._expired(positions, step) & ~self._expired(positions, since)]
+        released = (rows[self.updated[self._positions(rows)] == 0] for _, rows in self._released)
+        return np.unique(np.concatenate([self._rows(positions), *released]))
 
-    def content_of(self, rows: np.ndarray, local: np.ndarray, *, states: bool) -> dict[str, Tensor]:
+    def content_of(self, rows: np.ndarray, positions: np.ndarray, *, states: bool) -> dict[str, Tensor]:
         """Return the `content` of rows at positions of the storage."""
         if self._cache is not None:
             self._cache.flush()
-        content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], local)}
+        content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], positions)}
         if states:
-            content["updated"] = torch.from_numpy(self.updated[local])
+            content["updated"] = torch.from_numpy(self.updated[positions])
             if self.occurrences is not None:
-                content["occurrences"] = torch.from_numpy(self.occurrences[local].astype(np.int32))
-            content |= {name: self._copied(self.stored[name], local) for name in self._states}
+                content["occurrences"] = torch.from_numpy(self.occurrences[positions].astype(np.int32))
+            content |= {name: self._copied(self.stored[name], positions) for name in self._states}
         return content
 
-    def _copied(self, stored: Tensor, local: np.ndarray) -> Tensor:
+    def _copied(self, stored: Tensor, positions: np.ndarray) -> Tensor:
         """Return rows on the host, copied in parts: the device has no memory for another table."""
-        copied = torch.empty(len(local), stored.shape[1], dtype=stored.dtype)
-        for first in range(0, len(local), ROWS_AT_ONCE):
+        copied = torch.empty(len(positions), stored.shape[1], dtype=stored.dtype)
+        for first in range(0, len(positions), ROWS_AT_ONCE):
             part = slice(first, first + ROWS_AT_ONCE)
-            copied[part] = stored[self._index(local[part])].cpu()
+            copied[part] = stored[self._index(positions[part])].cpu()
         return copied
 
     def load(self, content: dict[str, Tensor]) -> None:
         """Set rows of this rank to saved ones, with their states if they were saved."""
-        local = self._assign(content["rows"].numpy(), 0)
-        self._write(local, content["values"], {name: content[name] for name in self._states if name in content})
-        self.updated[local] = content["updated"].numpy() if "updated" in content else 1
+        positions = self._assign(content["rows"].numpy(), 0)
+        self._write(positions, content["values"], {name: content[name] for name in self._states if name in content})
+        self.updated[positions] = content["updated"].numpy() if "updated" in content else 1
         if self.occurrences is not None:
             saved = content.get("occurrences")
-            self.occurrences[local] = self.spec.admit_after if saved is None else saved.numpy()
+            self.occurrences[positions] = self.spec.admit_after if saved is None else saved.numpy()
 
     def initialize(self, rows: np.ndarray, vectors: Tensor, step: int = 1) -> None:
         """Set the first columns of this rank's rows among `rows` int64 [n], not yet updated, to vectors [n, ≤ d]."""
@@ -588,13 +588,13 @@ class RowStore:
             }
         )
 
-    def _write(self, local: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
+    def _write(self, positions: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
         written = {"values": values, **states}
         if self._cache is not None:
-            self._cache.write(local, written)
+            self._cache.write(positions, written)
             return
         for name, rows in written.items():
-            self.stored[name].index_copy_(0, self._index(local), rows.to(self.stored[name]))
+            self.stored[name].index_copy_(0, self._index(positions), rows.to(self.stored[name]))
 
-    def _index(self, local: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(local), self.stored["values"].device)
+    def _index(self, positions: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(positions), self.stored["values"].device)

@@ -229,10 +229,10 @@ def test_the_division_of_rows() -> None:
             mine = rows[owner == rank]
             first, end = part.shards
             assert ((shard_of(mine) >= first) & (shard_of(mine) < end)).all()
-            local = part.local(mine)
-            assert len(np.unique(local)) == len(local) and local.max() < part.capacity(100_000)
-            np.testing.assert_array_equal(part.rows(local), mine)
-            assert part.local(mine[mine < 50_000]).tolist() == local[mine < 50_000].tolist()
+            positions = part.positions(mine)
+            assert len(np.unique(positions)) == len(positions) and positions.max() < part.capacity(100_000)
+            np.testing.assert_array_equal(part.rows(positions), mine)
+            assert part.positions(mine[mine < 50_000]).tolist() == positions[mine < 50_000].tolist()
             assert part.capacity(50_000) <= part.capacity(100_000)
     weight = 1 / np.arange(1, 100_000) ** 1.05  # Zipf: frequent rows are neighbours
     for world_size in (2, 8, 64):
