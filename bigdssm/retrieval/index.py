@@ -27,7 +27,7 @@ from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import check_width
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments, IndexBackend
 from bigdssm.retrieval.model import Model
-from bigdssm.retrieval.search import Filters, Query, StoreFilters
+from bigdssm.retrieval.queries import Filters, Query, StoreFilters
 from bigdssm.retrieval.vectors import (
     CONTENTS_FILE,
     DOCUMENTS_FILE,

@@ -31,7 +31,7 @@ from bigdssm.features.ragged import gather_ranges, joined
 from bigdssm.features.vector import Vector
 from bigdssm.retrieval.embed import encode_columns, item_contents, query_vectors
 from bigdssm.retrieval.index import Index
-from bigdssm.retrieval.search import PastEvents, check_now, excluded_rows, histories, request_columns
+from bigdssm.retrieval.queries import PastEvents, check_now, excluded_rows, histories, request_columns
 from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.sources.opening import log_row, read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json

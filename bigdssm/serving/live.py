@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from bigdssm.errors import UnavailableError
 from bigdssm.features import Column
-from bigdssm.retrieval.search import Query
+from bigdssm.retrieval.queries import Query
 from bigdssm.serving.metrics import Metrics
 from bigdssm.serving.searcher import Folders, Searcher, SearchResult
 from bigdssm.utils.log import get_logger

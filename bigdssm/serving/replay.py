@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from bigdssm.errors import ConfigError, DataError
+from bigdssm.retrieval.queries import Query
 from bigdssm.retrieval.request import parse_request
-from bigdssm.retrieval.search import Query
 from bigdssm.serving.searcher import Searcher
 
 REPLAYED_AT_ONCE = 256  # requests per batch of the model

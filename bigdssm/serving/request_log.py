@@ -23,7 +23,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.features import Categorical, Column, Feature, Numeric, histories_of
 from bigdssm.features.base import FIRST_CODE
 from bigdssm.features.conditions import conditions, parse_filter
-from bigdssm.retrieval.search import DocumentNames, first_users
+from bigdssm.retrieval.queries import DocumentNames, first_users
 from bigdssm.serving.searcher import Searcher
 from bigdssm.utils.atomic import Changes, new_file
 from bigdssm.utils.log import get_logger

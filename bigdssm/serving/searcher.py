@@ -37,8 +37,8 @@ from bigdssm.retrieval.embed import item_contents, query_vectors
 from bigdssm.retrieval.index import DocumentIndex, StoreIndex, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
 from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.queries import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.stores.base import ScoredDocument, Store, StoredVector, is_store, open_named
 from bigdssm.utils.arguments import check_utf8, checked

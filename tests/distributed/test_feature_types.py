@@ -30,8 +30,8 @@ from bigdssm.loader.batch import to_features
 from bigdssm.loader.inspection import describe, sample_rows
 from bigdssm.retrieval.embed import document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
+from bigdssm.retrieval.queries import Queries
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import write_vectors
 

@@ -38,7 +38,7 @@ from bigdssm.ingest.api import make_dataset
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, set_search_threads
 from bigdssm.retrieval.publish import publish
-from bigdssm.retrieval.search import Filters
+from bigdssm.retrieval.queries import Filters
 from bigdssm.retrieval.vectors import VECTORS, VectorsMeta, load_vectors, read_meta, write_meta
 from bigdssm.stores.base import open_store, store_class
 from bigdssm.utils.atomic import write_json

@@ -33,9 +33,9 @@ from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.exact_search import excluded_documents
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.mining import TrainPositives
+from bigdssm.retrieval.queries import Queries
 from bigdssm.retrieval.recommend import TableRows, Users
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.vectors import read_vectors, write_vectors
 from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.step import encode

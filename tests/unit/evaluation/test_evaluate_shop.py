@@ -31,9 +31,9 @@ from bigdssm.models import Encoded
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import UniformNegatives
+from bigdssm.retrieval.queries import Queries
 from bigdssm.retrieval.recommend import SplitRows, Users
 from bigdssm.retrieval.request import Request
-from bigdssm.retrieval.search import Queries
 from bigdssm.training.batches import BatchBuilder, read_batches
 from bigdssm.training.objective import Objective
 

@@ -37,8 +37,8 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import Encoders, document_vectors, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.model import Model
+from bigdssm.retrieval.queries import Queries
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import Queries
 from bigdssm.retrieval.vectors import Dtype, difference_from_model, read_vectors, write_card, write_file, write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS

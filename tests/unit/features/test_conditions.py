@@ -20,7 +20,7 @@ from bigdssm.features.base import encode_values
 from bigdssm.features.conditions import And, Condition, Expression, Or, evaluate, parse_filter, resolve
 from bigdssm.retrieval.index import Index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
-from bigdssm.retrieval.search import Filters
+from bigdssm.retrieval.queries import Filters
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from tests.filters import FEATURES, random_filter, random_rows
 

@@ -16,7 +16,7 @@ from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.retrieval.search import PastEvents, histories
+from bigdssm.retrieval.queries import PastEvents, histories
 
 HISTORY = History(of="item", max_items=5)
 CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})

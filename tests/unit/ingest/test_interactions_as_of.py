@@ -18,7 +18,7 @@ from bigdssm.features import Categorical, History, Numeric
 from bigdssm.features.ragged import Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
-from bigdssm.retrieval.search import read_user
+from bigdssm.retrieval.queries import read_user
 
 QUERY = {"past": History(of="item", max_items=5), "age": Numeric(), "jobs": Categorical(multi=True)}
 CONFIG = DataConfig(dir="", query=QUERY, doc={"item": Categorical(column="item_id")}, targets_per_row=3)

@@ -27,9 +27,9 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import sample_rows
+from bigdssm.retrieval.queries import PastEvents, Queries, histories
 from bigdssm.retrieval.recommend import TableRows, Users
 from bigdssm.retrieval.request import Event, Request, load_json, parse_request
-from bigdssm.retrieval.search import PastEvents, Queries, histories
 
 DAY = 86_400
 BERLIN = ZoneInfo("Europe/Berlin")

@@ -20,7 +20,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
-from bigdssm.retrieval.search import histories, read_user
+from bigdssm.retrieval.queries import histories, read_user
 
 CONFIG = DataConfig(
     dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},

@@ -24,8 +24,8 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import item_contents, query_vectors, tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.model import Model
+from bigdssm.retrieval.queries import PastEvents, histories
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import PastEvents, histories
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import NUM_ITEMS

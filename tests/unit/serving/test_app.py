@@ -30,14 +30,14 @@ from bigdssm.errors import CheckpointError, DataError
 from bigdssm.loader.batch import Collator
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
 from bigdssm.retrieval.index import Index, build_index, open_index
-from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import (
+from bigdssm.retrieval.queries import (
     COMPARED_CHARACTERS,
     MOST_COMPARED,
     DocumentNames,
     Queries,
     Query,
 )
+from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.serving.app import Value
 from bigdssm.serving.live import AnswerCache, Batcher, Overloaded

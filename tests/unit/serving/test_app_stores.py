@@ -22,8 +22,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.retrieval.index import build_index
 from bigdssm.retrieval.publish import publish
+from bigdssm.retrieval.queries import Filters, StoreFilters
 from bigdssm.retrieval.request import Event, Request
-from bigdssm.retrieval.search import Filters, StoreFilters
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores import postgres
 from bigdssm.stores.base import Collection, Documents, Store, open_store

@@ -35,7 +35,7 @@ from bigdssm.retrieval import publish as publishing
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.index import build_index, open_index
 from bigdssm.retrieval.publish import PublishReport, measure_recall, publish
-from bigdssm.retrieval.search import Filters
+from bigdssm.retrieval.queries import Filters
 from bigdssm.retrieval.vectors import VectorsMeta, read_meta, write_meta, write_vectors
 from bigdssm.stores import postgres, qdrant
 from bigdssm.stores.base import STORES, Collection, Documents, Store, open_named, open_store

@@ -16,8 +16,8 @@ from bigdssm.features import Categorical, Numeric, Ragged, Text, TextTokenizer, 
 from bigdssm.features.ragged import Column
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import query_vectors, tower_encoders
+from bigdssm.retrieval.queries import DocumentNames, Queries, first_users
 from bigdssm.retrieval.request import Event, Request, parse_request
-from bigdssm.retrieval.search import DocumentNames, Queries, first_users
 from tests.conftest import NUM_ITEMS
 
 
