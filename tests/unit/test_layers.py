@@ -258,7 +258,7 @@ def is_misplaced(test: Path) -> bool:
     return not package.is_dir() or not any(topic == name or topic.startswith(f"{name}_") for name in names)
 
 
-def test_unit_tests_are_found_by_the_name_of_their_module() -> None:
+def test_unit_tests_have_the_name_of_their_module() -> None:
     tests = list((ROOT / "tests/unit").glob("*/**/test_*.py"))
     assert len(tests) > 100 and not [test for test in tests if is_misplaced(test)]
     assert is_misplaced(ROOT / "tests/unit/loader/test_streams.py")
