@@ -420,12 +420,14 @@ KILLED = """
 import sys
 from pathlib import Path
 from random import Random
+from time import sleep
 from bigdssm.retrieval import publish
 from bigdssm.stores.base import open_store
 from tests.unit.stores.test_stores import Shop
 publish.ROWS_AT_ONCE = 50
 shop = Shop.new(Random(0), 2000)
-publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop")
+# a pause per 50 documents, so that it is killed before the last
+publish.publish(open_store(sys.argv[1]), *shop.save(Path(sys.argv[2])), "shop", progress=lambda *_: sleep(0.05))
 """
 
 
