@@ -184,11 +184,26 @@ class ItemVersions:
         return np.where(file_rows < self.num_docs, -1, file_rows - self.num_docs).astype(np.int32), num_early
 
 
+@dataclass(frozen=True)
+class CutPlan:
+    """How sequences are cut into files and rows."""
+
+    user: dict[str, Feature]  # features of a sequence's user
+    event: dict[str, Feature]  # features of an event
+    text: TextTokenizer | None
+    earlier: EarlierEvents
+    versions: ItemVersions | None  # if items have times
+    has_times: bool
+    split_kind: str
+    thresholds: tuple[float, float, float]  # start times of validation, test and train after it, of a split by time
+    targets_per_row: int
+    min_history: int  # least number of events before a target
+    seed: int
+
+
 def _cut_range(
-    buckets: Sequence[Path], sequences: RowTable, num_events: int, user: dict[str, Feature], event: dict[str, Feature],
-    text: TextTokenizer | None, split_kind: str, thresholds: tuple[float, float, float], targets_per_row: int,
-    min_history: int, seed: int, earlier: EarlierEvents, has_times: bool, versions: ItemVersions | None,
-    job: tuple[int, tuple[int, int]], folder: Path,
+    plan: CutPlan, buckets: Sequence[Path], sequences: RowTable, num_events: int, job: tuple[int, tuple[int, int]],
+    folder: Path,
 ) -> None:  # fmt: skip
     """Cut a range of sequences, with its bucket of events, into a sequence file and rows; see `cut_sequences`."""
     number, (first, last) = job
@@ -205,14 +220,14 @@ def _cut_range(
     new_position = np.arange(len(item), dtype=np.int32) - offsets.astype(np.int32)[sequence]
     # the list columns of the sequences: existing events followed by the new ones
     lists = {"items": item, "relevance": relevance}
-    if has_times:
+    if plan.has_times:
         lists[TIME_COLUMN] = time
     facts: dict[str, Any] = {}
-    if versions is not None:
-        lists[VERSION_COLUMN], facts["num_early"] = versions.find(item, time)
-    encoded = encode_columns(canonical_columns(bucket, "e", event), event, None, large=True)
+    if plan.versions is not None:
+        lists[VERSION_COLUMN], facts["num_early"] = plan.versions.find(item, time)
+    encoded = encode_columns(canonical_columns(bucket, "e", plan.event), plan.event, None, large=True)
     lists |= {EVENT_PREFIX + name: np.asarray(column)[order] for name, column in encoded.items()}
-    before = earlier.take(user_ids, {name: values.dtype.type for name, values in lists.items()})
+    before = plan.earlier.take(user_ids, {name: values.dtype.type for name, values in lists.items()})
     columns = {
         "query_key": rows_of_users.column("key").combine_chunks().cast(pa.large_string()),
         "query_id": pa.array(user_ids),
@@ -222,22 +237,22 @@ def _cut_range(
         if len(before[name].values):
             rows = ragged.joined(before[name], rows)
         columns[name] = pa.LargeListArray.from_arrays(pa.array(rows.offsets), pa.array(rows.values))
-    columns |= encode_columns(canonical_columns(rows_of_users, "u", user), user, text, large=True)
+    columns |= encode_columns(canonical_columns(rows_of_users, "u", plan.user), plan.user, plan.text, large=True)
     facts["made"] = write_arrow(folder / f"sequences-{number:06d}.arrow", columns)
     # the split of every event, an index into SPLITS; −1: too few events before it
     split = np.zeros(len(item), np.int8)
-    if split_kind == "leave-one-out":
+    if plan.split_kind == "leave-one-out":
         from_last = lengths[sequence] - 1 - new_position
         split[from_last == 1], split[from_last == 0] = 1, 2
-    elif split_kind == "time":
-        for which, threshold in zip((1, 2, 0), thresholds, strict=True):
+    elif plan.split_kind == "time":
+        for which, threshold in zip((1, 2, 0), plan.thresholds, strict=True):
             split[time >= threshold] = which
     position = new_position + before["items"].lengths.astype(np.int32)[sequence]
-    split = np.where(position >= min_history, split, -1)
+    split = np.where(position >= plan.min_history, split, -1)
     # rows of at most targets_per_row consecutive targets of a sequence, cut from the newest
     bounds = offsets[[*range(0, last - first, SEQUENCES_AT_ONCE), last - first]]
     for which, name in enumerate(SPLITS):
-        most = targets_per_row if which == 0 else 1
+        most = plan.targets_per_row if which == 0 else 1
         with RowFile(folder / f"{name}.parquet", ROW) as file:
             for begin, end in pairwise(bounds):
                 # a row starts with a run of consecutive targets, or where a multiple of `most` targets of it is left
@@ -254,7 +269,7 @@ def _cut_range(
                     sequence[oldest].astype(np.int64) + first,
                     position[oldest],
                     position[newest] + 1,
-                    shuffle_keys(ordinal[newest], seed),
+                    shuffle_keys(ordinal[newest], plan.seed),
                     time[oldest],
                 ]
                 file.add(pa.table(columns_of_rows, schema=ROW))
@@ -262,7 +277,7 @@ def _cut_range(
     docs, counts = np.unique(item[(split == 0) & (relevance > 0)], return_counts=True)
     with RowFile(folder / "positives.parquet", POSITIVE) as file:
         file.add(pa.table([docs, counts], schema=POSITIVE))
-    if split_kind == "leave-one-out":
+    if plan.split_kind == "leave-one-out":
         sampled = (split >= 0) & (uniform(ordinal, "leak", 0) < MAX_SAMPLED_TIMES / max(1, num_events))
         with RowFile(folder / "times.parquet", TARGET_TIME) as file:
             file.add(pa.table([split[sampled].astype(np.int32), time[sampled]], schema=TARGET_TIME))
@@ -272,17 +287,12 @@ def _cut_range(
 
 
 def cut_sequences(
-    run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, user: dict[str, Feature],
-    event: dict[str, Feature], text: TextTokenizer | None, *, split_kind: str, thresholds: tuple[float, float, float],
-    targets_per_row: int, min_history: int, seed: int, earlier: EarlierEvents, has_times: bool,
-    versions: ItemVersions | None,
-) -> tuple[list[Path], list[dict[str, Any]]]:  # fmt: skip
+    run: Ingestion, events: RowTable, sequences: RowTable, keys: SortedKeys, plan: CutPlan
+) -> tuple[list[Path], list[dict[str, Any]]]:
     """Cut all sequences; create the table `cut_positives` of train positives.
 
-    `events` are in the order of their table; `keys` finds sequences by user_id; `user` are the features of a sequence's
-    user, `event` those of an event; `thresholds`: the start times of validation, test and train after it, of a split by
-    time; targets have at least `min_history` events before them; `versions`: if items have times. Returns the folders
-    of the splits' rows, sorted by sequence and position, and {"file", "rows", "checksum"} per sequence file.
+    `events` are in the order of their table; `keys` finds sequences by user_id. Returns the folders of the splits'
+    rows, sorted by sequence and position, and {"file", "rows", "checksum"} per sequence file.
     """
     engine = run.engine
     # each file's range of sequences has at most EVENTS_PER_FILE events, or one sequence
@@ -295,15 +305,13 @@ def cut_sequences(
             file_ranges.append((first + start, first + stop))
             start, before = stop, int(ends[stop - 1])
     jobs = list(enumerate(file_ranges))
-    assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]), spool_columns("e", event))
+    assign = partial(_by_range, keys, np.array([first for _, (first, _) in jobs]), spool_columns("e", plan.event))
     buckets = write_buckets(engine, "event_buckets", events, assign, len(jobs))
-    work = partial(
-        _cut_range, buckets, sequences, events.num_rows, user, event, text, split_kind, thresholds, targets_per_row,
-        min_history, seed, earlier, has_times, versions,
-    )  # fmt: skip
+    work = partial(_cut_range, plan, buckets, sequences, events.num_rows)
     folders = engine.map("cut", jobs, work, rows=events.num_rows)
     engine.table("cut_positives", [folder / "positives.parquet" for folder in folders])
-    if split_kind == "leave-one-out" and has_times and not all(read_facts(f)["counts_events"] for f in folders):
+    may_leak = plan.split_kind == "leave-one-out" and plan.has_times
+    if may_leak and not all(read_facts(folder)["counts_events"] for folder in folders):
         times = RowTable.of(folder / "times.parquet" for folder in folders).read()
         split = times.column("split").to_numpy()
         time = times.column("time").to_numpy()

@@ -34,7 +34,7 @@ from bigdssm.features.columns import (
     unit_of_times,
 )
 from bigdssm.features.event_time import END_SECOND, FIRST_SECOND
-from bigdssm.ingest.cutting import EarlierEvents, ItemVersions, cut_sequences
+from bigdssm.ingest.cutting import CutPlan, EarlierEvents, ItemVersions, cut_sequences
 from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
 from bigdssm.ingest.documents import (
     DistinctDocuments,
@@ -174,13 +174,13 @@ def make_interactions(
         split, split_times = _split_of(run, tables, event_rows)
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
-        features = stored_features(schema.query)
-        folders, cut = cut_sequences(
-            run, event_rows, sequences, SortedKeys([key_file]), features, stored_features(schema.event), text,
-            split_kind=split, thresholds=(split_times.validation, split_times.test, split_times.train_from),
+        plan = CutPlan(
+            user=stored_features(schema.query), event=stored_features(schema.event), text=text, earlier=earlier,
+            versions=versions, has_times=tables.time_column is not None, split_kind=split,
+            thresholds=(split_times.validation, split_times.test, split_times.train_from),
             targets_per_row=config.targets_per_row, min_history=0 if config.empty_histories else 1, seed=target.seed,
-            earlier=earlier, has_times=tables.time_column is not None, versions=versions,
         )  # fmt: skip
+        folders, cut = cut_sequences(run, event_rows, sequences, SortedKeys([key_file]), plan)
         splits = {name: RowTable.of(folder / f"{name}.parquet" for folder in folders) for name in SPLITS}
         if versions is not None:
             if documents.changed is not None and documents.changed.num_rows:
@@ -202,7 +202,7 @@ def make_interactions(
                 "SELECT count(*) FROM joined_rows WHERE too_early = 1",
                 f"rows are older than all rows of their users in {tables.users}: no user features",
             )
-        row_features = features if as_of else {}
+        row_features = plan.user if as_of else {}
         columns = ["sequence", "first", "end_", *(f"u{number}" for number in range(len(row_features)))]
         splits["train"] = shuffled(engine, "train", splits["train"], columns)
         entries = run.write_splits(splits, partial(_encoded, row_features, text))
