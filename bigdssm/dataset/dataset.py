@@ -256,6 +256,7 @@ class Dataset:
     def _view(self, **changes: Any) -> Dataset:
         """Return a copy with other attributes; copy() would open the folder again, by __reduce__."""
         view = object.__new__(Dataset)
+        # Cached properties are copied, too: none of them depends on rules or the schema.
         vars(view).update(vars(self), **changes)
         return view
 
