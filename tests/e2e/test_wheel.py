@@ -26,7 +26,7 @@ assert callable(bigdssm.fps_loss)
 for name in bigdssm.__all__:
     getattr(bigdssm, name)
 
-from bigdssm.export import card, hf_loading, onnx_loading
+from bigdssm.export import hf_loading, onnx_loading
 from bigdssm.features.base import FEATURES
 for module in (hf_loading, onnx_loading):
     assert len(inspect.getsource(module)) > 100
