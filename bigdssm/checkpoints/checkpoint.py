@@ -167,7 +167,7 @@ def write_share(path: Path, owner: int, pieces: Sequence[TensorPiece]) -> tuple[
     for piece in pieces:
         if len(piece.values):  # the strides of an empty tensor may not allow a view
             contents.append(piece.values.contiguous().view(torch.uint8).numpy().data)
-    # one checksum of every BLOCK bytes of the file, whatever the pieces
+    # one checksum per BLOCK bytes of the file, independent of the pieces
     checksums, digest, filled = [], xxhash.xxh3_128(), 0
     with path.open("wb") as file:
         for content in contents:

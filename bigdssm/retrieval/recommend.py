@@ -57,7 +57,7 @@ class RecommendOptions:
     """Options of `recommend`."""
 
     top: int = 10
-    filter: str | None = None  # see `search.Filters`
+    filter: str | None = None  # see `queries.Filters`
     exclude_seen: bool | None = None  # None: the model's data.exclude_seen
 
     def __post_init__(self) -> None:

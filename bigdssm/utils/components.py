@@ -1,7 +1,7 @@
 """Components with declared configuration: frozen, torch-free dataclasses, registered by name.
 
-The fields of a component are its config keys, with type, default and bounds (`utils.bounds.bounded`); the comment at a
-field is its description in the reference of keys. Its methods build the object and import torch when called.
+The fields of a component are its config keys, with type, default and bounds (`bounded`); the comment at a field
+is its description in the reference of keys. Its methods build the object and import torch when called.
 """
 
 import difflib

@@ -112,7 +112,7 @@ NO_KEYS = {  # attributes in code, and keys that the changelog renames
 
 
 @pytest.mark.parametrize("doc", WRITTEN)
-def test_keys_files_and_options_exist(doc: Path) -> None:
+def test_keys_files_tests_and_options_exist(doc: Path) -> None:
     text = re.sub(r"\\\n *", " ", doc.read_text("utf-8"))
     schema = (ROOT / "configs/config.schema.json").read_text("utf-8")
     keys = set(re.findall(r'"(\w+)": \{', schema)) | NO_KEYS
@@ -122,6 +122,8 @@ def test_keys_files_and_options_exist(doc: Path) -> None:
     files = re.findall(rf"\b(?:{folders})/[\w/]+\.(?:py|yaml|sh|sbatch)\b", text)
     homes = (ROOT, ROOT / "bigdssm")
     assert not [file for file in files if "NAME" not in file and not any((home / file).exists() for home in homes)]
+    tests = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    assert tests.issuperset(re.findall(r"`(test_\w+)`", text))
     shared = re.findall(r'"(--[\w-]+)"', (ROOT / "bigdssm/cli.py").read_text("utf-8"))
     for command, line in re.findall(r"\bbigdssm (\w+)((?: [^`|#\n]*)?)", text):
         source = ROOT / f"bigdssm/commands/{command}.py"
