@@ -159,6 +159,7 @@ SEARCH_OPTIONS = (
     ),
     option("--data", help="dataset folder or URL (default: that of the model, if it needs one)"),
 )
+DATA = option("--data", required=True, help="dataset folder or URL")
 OVERWRITE = option("--overwrite", action="store_true", help="replace output that this command did not write")
 RULES = option(  # for `open_with_rules`
     "--config", type=Path, help="config of the run, if it has data.targets or data.visit, which determine its rows"

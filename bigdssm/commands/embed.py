@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import OVERWRITE, command, option
+from bigdssm.cli import DATA, OVERWRITE, command, option
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
@@ -39,7 +39,7 @@ from bigdssm.utils.log import ProgressBar
 
 @command(
     option("--model", type=Path, required=True, help="model folder"),
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     option("--out", type=Path, required=True, help="folder for the vectors"),
     option(
         "--since",

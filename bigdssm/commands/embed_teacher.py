@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import RULES, at_least, command, one_of, open_with_rules, option
+from bigdssm.cli import DATA, RULES, at_least, command, one_of, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
@@ -27,7 +27,7 @@ from bigdssm.utils.log import ProgressBar
 
 
 @command(
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     RULES,
     option("--out", type=Path, required=True, metavar="FOLDER", help="folder for the vectors"),
     one_of(

@@ -22,6 +22,7 @@ import math
 from pathlib import Path
 
 from bigdssm.cli import (
+    DATA,
     OVERWRITE,
     RULES,
     at_least,
@@ -39,7 +40,7 @@ from bigdssm.utils.log import ProgressBar
 
 
 @command(
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     option("--out", type=Path, required=True, metavar="NPY", help="file for the candidates"),
     RULES,
     one_of(

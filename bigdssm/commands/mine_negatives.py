@@ -16,7 +16,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import OVERWRITE, check_file_to_write, command, option
+from bigdssm.cli import DATA, OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -31,7 +31,7 @@ from bigdssm.utils.log import ProgressBar
 
 @command(
     option("--model", type=Path, required=True, help="model folder"),
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     option("--out", type=Path, required=True, metavar="NPY", help="file for the negatives"),
     option("--first", type=int, default=10, help="first position, counted from 0 (default: %(default)s)"),
     option("--last", type=int, default=200, help="last position, exclusive (default: %(default)s)"),

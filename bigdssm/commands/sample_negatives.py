@@ -9,7 +9,7 @@ negatives.mining.teacher_margin. Texts are printed after truncation by the token
 import argparse
 from pathlib import Path
 
-from bigdssm.cli import RULES, command, open_with_rules, option
+from bigdssm.cli import DATA, RULES, command, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
 
@@ -22,7 +22,7 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, sample_negatives
         metavar="NPY",
         help="file of hard negatives, written by fine-tuning or by bigdssm mine_negatives",
     ),
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     RULES,
     option("--count", type=int, default=50, help="number of negatives (default: %(default)s)"),
     option("--seed", type=int, default=0, help="seed of the sampling, in training run.seed (default: %(default)s)"),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import OVERWRITE, RULES, at_least, check_file_to_write, command, open_with_rules, option
+from bigdssm.cli import DATA, OVERWRITE, RULES, at_least, check_file_to_write, command, open_with_rules, option
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
@@ -39,7 +39,7 @@ from bigdssm.utils.log import ProgressBar
 
 
 @command(
-    option("--data", required=True, help="dataset folder or URL"),
+    DATA,
     RULES,
     option("--mined", type=Path, required=True, metavar="NPY", help="file of hard negatives"),
     option("--out", type=Path, required=True, metavar="NPY", help="file for the negatives with scores"),

@@ -151,8 +151,9 @@ class Queries:
         if self.has_history and dataset is None:
             raise DataError("queries of this model have a history; give its dataset with --data")
         self.names = DocumentNames.of(dataset) if dataset is not None and self.has_history else None
-        of_dataset = None if dataset is None else Filters(dataset.whole.catalogue)
-        self.filters = of_dataset if filters is None else filters
+        if filters is None and dataset is not None:
+            filters = Filters(dataset.whole.catalogue)
+        self.filters = filters
 
     def of(self, request: Request, as_of: float | None = None) -> Query:
         """Resolve a request; stored events after `as_of`, in seconds since 1970, are ignored.
