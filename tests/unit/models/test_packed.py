@@ -35,7 +35,7 @@ from bigdssm.models import (
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import Encoder
 from bigdssm.models.packed import Attention
-from tests.packing import within_rows
+from tests.packing import by_mask, within_rows
 
 NUM_ITEMS, PAD = 20, -1
 QUERY: dict[str, Feature] = {
@@ -394,29 +394,6 @@ def test_the_kernel_is_given_half_precision_under_autocast(again: bool) -> None:
     assert len(calls) == forward * (2 if again else 1)
     exact = vectors(model(positions="rotary", block="gated"), "query", 0)
     assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-def by_mask(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_bounds: SequenceBounds,
-    key_bounds: SequenceBounds,
-    scale: float,
-    causal: bool = False,
-    window: int | None = None,
-) -> Tensor:
-    """The same attention without reading offsets, so that it can be compiled."""
-    row_A, row_B = (
-        torch.searchsorted(bounds.offsets[1:].contiguous(), torch.arange(len(x), dtype=torch.int32), right=True)
-        for bounds, x in ((query_bounds, q), (key_bounds, k))
-    )
-    mask = row_A.unsqueeze(1) == row_B
-    own = (part.transpose(0, 1) for part in (q, k, v))
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        *own, attn_mask=mask.tril() if causal else mask, scale=scale
-    )
-    return attended.transpose(0, 1)
 
 
 @pytest.mark.slow

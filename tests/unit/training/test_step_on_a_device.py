@@ -18,7 +18,7 @@ from bigdssm.features import Timestamp
 from bigdssm.loader.batch import Batch, lengths_of, on_device
 from bigdssm.loader.step_plan import TokenBudget, plan_locally
 from bigdssm.losses.declarations import Corrected, NoCorrection
-from bigdssm.models import Encoded, QueryPositions, SequenceBounds, new_model, use_packing
+from bigdssm.models import Encoded, QueryPositions, new_model, use_packing
 from bigdssm.models.embedding_tables import tables_of_features
 from bigdssm.tables.optimizers import LazyAdam
 from bigdssm.tables.sharded import ShardedTables
@@ -28,6 +28,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
 from tests import simgpu
 from tests.distributed.test_gradient_cache import MODEL, SCHEMA, share_of
+from tests.packing import by_mask
 
 # launches of a step without its chunks; of a chunk's forward, second forward and backward; of `attend` in it
 FIXED, EACH, ATTEND = 700, 370, 140
@@ -78,31 +79,6 @@ CASES = [
 ]
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_bounds: SequenceBounds,
-    key_bounds: SequenceBounds,
-    scale: float,
-    causal: bool = False,
-    window: int | None = None,
-) -> Tensor:
-    """Same as the kernel for packed rows, without reading the device."""
-    (row_A, position_A), (row_B, position_B) = _rows(query_bounds, len(q)), _rows(key_bounds, len(k))
-    sees = row_A[:, None] == row_B
-    if causal:
-        sees &= position_A[:, None] >= position_B
-    scores = torch.einsum("ahw,bhw->hab", q, k).mul(scale).masked_fill(~sees, -1e30)
-    return torch.einsum("hab,bhw->ahw", scores.softmax(-1), v)
-
-
-def _rows(bounds: SequenceBounds, number: int) -> tuple[Tensor, Tensor]:
-    cell = torch.arange(number, device=bounds.offsets.device)
-    row = torch.searchsorted(bounds.offsets[1:].long(), cell, right=True)
-    return row, cell - bounds.offsets[row]
-
-
 def new_engine(case: Case, sharding: Literal["replicated", "rows"] = "replicated") -> Engine:
     history = HISTORY_BLOCKS.read("", {"block": case.block, "positions": case.positions, "times": case.times})
     model = replace(MODEL, query=replace(MODEL.query, history=history), tables=TablesConfig(sharding=sharding))
@@ -110,7 +86,7 @@ def new_engine(case: Case, sharding: Literal["replicated", "rows"] = "replicated
     event = {"when": Timestamp().with_name("when")} if case.times != "none" else {}
     module = new_model(model, replace(SCHEMA, event=event), vocab_size=30).train()
     if case.kernel:
-        use_packing(module, attend)
+        use_packing(module, by_mask)
     engine = object.__new__(Engine)
     engine.deepspeed = engine._call = DeepSpeed(module)
     engine.zero_stage, engine._clipping = 0, 1.0
