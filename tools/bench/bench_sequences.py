@@ -4,7 +4,8 @@
 
 Trains one epoch of the config with the command line, on `--ranks` ranks with one thread each. Users have 20 events or
 more, with log-normal counts as in MovieLens-1M (165 on average); items are sampled at random, popular ones more often.
-The results come from metrics.jsonl, without checkpoints and validation.
+Half of the events have the time of the event before them. The results come from metrics.jsonl, without checkpoints and
+validation; `cpu_seconds` are those of the command.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 
 ROOT = Path(__file__).parents[2]
+FIRST_TIME = 956_703_932  # April 2000, in seconds since 1970
 
 
 def main() -> int:
@@ -36,7 +38,7 @@ def main() -> int:
         "--config", type=Path, default=ROOT / "configs" / "movielens_1m.yaml", help="YAML file (default: movielens_1m)"
     )
     parser.add_argument("--users", type=at_least(1), default=1500, help="number of users (default: %(default)s)")
-    parser.add_argument("--items", type=at_least(1), default=3416, help="number of items (default: %(default)s)")
+    parser.add_argument("--items", type=at_least(1), default=3706, help="number of items (default: %(default)s)")
     parser.add_argument("--ranks", type=at_least(1), default=2, help="number of ranks (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="JSON", required=True, help="file for the results")
     args = parser.parse_args()
@@ -48,23 +50,26 @@ def bench(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-sequences-") as name:
         folder = Path(name)
         write_tables(folder, args.users, args.items)
-        tables = InteractionTables(folder / "events.tsv", folder / "items.tsv", time_column="position")
+        tables = InteractionTables(folder / "events.tsv", folder / "items.tsv")
         make_interactions(load_config(args.config).data, tables, IngestTarget(folder / "dataset"))
+        before = os.times()
         train(args, folder)
+        after = os.times()
         dataset = Dataset.open(folder / "dataset")
         queries, rows = dataset.num_queries("train"), dataset.num_rows("train")
         lines = (folder / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "loss" in record]
-    before = [0, *(record["step"] for record in records[:-1])]
+    steps_before = [0, *(record["step"] for record in records[:-1])]
     rows_global = load_config(args.config).pretrain.rows_global
     seconds = sum(
         (record["step"] - first) * rows_global / record["rows_per_s"]
-        for first, record in zip(before, records, strict=True)
+        for first, record in zip(steps_before, records, strict=True)
     )
     trained = records[-1]["step"] * rows_global * queries / rows
     result = {
         "config": args.config.name, "ranks": args.ranks, "rows": rows, "queries": queries, "documents": args.items,
         "queries_per_s": round(trained / seconds), "seconds_per_million": round(1e6 * seconds / trained, 1),
+        "cpu_seconds": round(after[2] - before[2] + after[3] - before[3]),
         "memory_gb": records[-1]["memory_gb"], "padding_fraction": records[-1]["padding_fraction"],
     }  # fmt: skip
     args.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -75,12 +80,14 @@ def write_tables(folder: Path, users: int, items: int) -> None:
     """Write synthetic tables of events and items."""
     random = np.random.RandomState(0)
     lengths = np.minimum(2000, 20 + np.exp(random.normal(4.6, 0.95, users))).astype(int)
-    events = ["user_id\titem_id\tposition"]
+    events = ["user_id\titem_id\ttimestamp"]
     for user, length in enumerate(lengths.tolist()):
         history = (items * random.rand(length) ** 2).astype(int).tolist()
-        events += [f"{user}\t{item}\t{position}" for position, item in enumerate(history)]
+        gaps = np.exp(random.normal(3.0, 2.0, length)) * (random.rand(length) < 0.5)
+        times = (FIRST_TIME + np.cumsum(np.ceil(gaps))).astype(int).tolist()
+        events += [f"{user}\t{item}\t{time}" for item, time in zip(history, times, strict=True)]
     (folder / "events.tsv").write_text("\n".join(events) + "\n")
-    (folder / "items.tsv").write_text("item_id\n" + "".join(f"{item}\n" for item in range(items)))
+    (folder / "items.tsv").write_text("item_id\ttitle\n" + "".join(f"{item}\tItem {item}\n" for item in range(items)))
 
 
 def train(args: argparse.Namespace, folder: Path) -> None:
