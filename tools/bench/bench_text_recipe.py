@@ -75,16 +75,18 @@ class Recipe:
     alpha_learned: bool = True
     direction: str = "both"
     weight_average: float = 0.0
+    dropout: float = 0.0
     hard: int = 0  # negatives per row, mined by the pretrained encoder
     margin: float | None = None  # of their scores below that of the positive
 
     def overrides(self, pairs: int) -> list[str]:
         """Return the config overrides for a number of train pairs."""
         rows = min(self.rows, pairs // 8 * 8)  # data.lanes divides it
-        steps = ceil(self.epochs * pairs / rows)
+        steps = max(1, ceil(self.epochs * pairs / rows))
         margin = "null" if self.margin is None else self.margin
         return [
             f"model.alpha_init={self.alpha}", f"model.alpha_learned={str(self.alpha_learned).lower()}",
+            *(f"model.{side}.text.dropout={self.dropout}" for side in ("query", "doc") if self.dropout),
             f"pretrain.rows_global={rows}", f"pretrain.steps={steps}",
             f"pretrain.loss.direction={self.direction}", "pretrain.loss.widths=null",
             f"pretrain.optimizer.lr={self.lr}", f"pretrain.optimizer.warmup_steps={max(1, steps // 10)}",
@@ -260,8 +262,12 @@ SETS = {
     "docstrings": TextSet(docstring_rows, "package", "name", "docstring", "source", {"doc_id_column": "name"}),
 }
 RECIPES = {
+    "unchanged": Recipe(lr=0.0, epochs=0.0),
     "lr-5e-5": Recipe(lr=5e-5),
     "lr-1e-4": Recipe(),
+    "lr-1e-4-dropout": Recipe(dropout=0.1),
+    "lr-1e-4-epochs-2": Recipe(epochs=2.0),
+    "lr-1e-4-hard": Recipe(hard=1, margin=1.0),
     "lr-2e-4": Recipe(lr=2e-4),
     "lr-2e-4-epochs-8": Recipe(lr=2e-4, epochs=8.0),
     "lr-2e-4-hard": Recipe(lr=2e-4, hard=1, margin=1.0),
