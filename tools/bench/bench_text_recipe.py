@@ -37,6 +37,7 @@ import bigdssm
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import run_main
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import ConfigError
 from bigdssm.evaluation.comparison import System, differences, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval.embed import encode_in, tower_encoders
@@ -45,10 +46,11 @@ from bigdssm.utils.hashing import hash64
 from tools.bench.bench_few_labels import read, split_of
 
 HELD_OUT = 0.15  # share of the groups in validation, and in test
-ROWS = {"validation": 1000, "test": 1500}
+HELD_OUT_PAIRS = {"validation": 1000, "test": 1500}
 METRIC = "ndcg_at_10"
 SHIPPED = "shipped"
-SPEED = ("engine.chunk_tokens=768", "engine.keep_graph_tokens=32768", "data.num_workers=0")  # the same function
+ROWS_GLOBAL = 128
+SPEED = ("engine.chunk_tokens=768", "engine.keep_graph_tokens=32768", "data.num_workers=0")  # same loss, less time
 Row = dict[str, Any]
 
 
@@ -60,7 +62,7 @@ class TextSet:
     group: str
     document: str
     query: str
-    text: str  # the document feature
+    text: str  # name of the document's text feature
     options: dict[str, Any] = field(default_factory=dict)  # for make_dataset
 
 
@@ -70,28 +72,21 @@ class Recipe:
 
     lr: float = 1e-4
     epochs: float = 4.0
-    rows: int = 128
     alpha: float = 20.0
-    alpha_learned: bool = True
     direction: str = "both"
     weight_average: float = 0.0
-    dropout: float = 0.0
-    hard: int = 0  # negatives per row, mined by the pretrained encoder
-    margin: float | None = None  # of their scores below that of the positive
+    hard: int = 0  # hard negatives per row, mined by the pretrained encoder, below the positive's score plus 1
 
     def overrides(self, pairs: int) -> list[str]:
         """Return the config overrides for a number of train pairs."""
-        rows = min(self.rows, pairs // 8 * 8)  # data.lanes divides it
+        rows = min(ROWS_GLOBAL, pairs // 8 * 8)  # a multiple of data.lanes
         steps = max(1, ceil(self.epochs * pairs / rows))
-        margin = "null" if self.margin is None else self.margin
         return [
-            f"model.alpha_init={self.alpha}", f"model.alpha_learned={str(self.alpha_learned).lower()}",
-            *(f"model.{side}.text.dropout={self.dropout}" for side in ("query", "doc") if self.dropout),
-            f"pretrain.rows_global={rows}", f"pretrain.steps={steps}",
+            f"model.alpha_init={self.alpha}", f"pretrain.rows_global={rows}", f"pretrain.steps={steps}",
             f"pretrain.loss.direction={self.direction}", "pretrain.loss.widths=null",
             f"pretrain.optimizer.lr={self.lr}", f"pretrain.optimizer.warmup_steps={max(1, steps // 10)}",
             f"pretrain.weight_average={self.weight_average}", f"pretrain.negatives.hard={self.hard}",
-            f"pretrain.negatives.mining={{first: 0, last: 50, margin: {margin}}}",
+            "pretrain.negatives.mining={first: 0, last: 50, margin: 1.0}",
         ]  # fmt: skip
 
 
@@ -106,7 +101,7 @@ class Subsample:
     @property
     def name(self) -> str:
         """Name of the files."""
-        return f"{self.set}-{self.pairs}-{self.args.tokens}-{self.args.seed}"
+        return f"{self.set}-{self.pairs}-{self.args.documents}-{self.args.tokens}-{self.args.seed}"
 
     @property
     def dataset(self) -> Path:
@@ -123,13 +118,16 @@ class Subsample:
         ]  # fmt: skip
 
     def train(self, recipe: str) -> dict[str, Any]:
-        """Train a recipe unless its result exists; return the result. Raises ValueError: it has other settings."""
-        file, run = self._result(recipe).with_suffix(".json"), self._run(recipe)
+        """Train a recipe unless its result exists; return the result. Raises ConfigError: that of other settings."""
+        file = self._result(f"{recipe}.json")
+        run = self._run(recipe)
         overrides = [] if recipe == SHIPPED else RECIPES[recipe].overrides(self.pairs)
         if file.exists():
             result: dict[str, Any] = json.loads(file.read_text())
             if result["overrides"] != overrides:
-                raise ValueError(f"{file} is of other settings: delete it, or rename the recipe")
+                raise ConfigError(
+                    f"{file}: got a result of other settings than {recipe}; delete it, or rename the recipe"
+                )
             return result
         path, common = self.config
         if not self.dataset.exists():
@@ -150,7 +148,8 @@ class Subsample:
 
     def evaluate(self, recipe: str) -> System:
         """Evaluate a trained recipe on the test split, unless its ranks exist."""
-        seconds, ranks = self.train(recipe)["cpu_seconds"], self._result(recipe).with_suffix(".npy")
+        seconds = self.train(recipe)["cpu_seconds"]
+        ranks = self._result(f"{recipe}.npy")
         dataset = Dataset.open(self.dataset)
         if not ranks.exists():
             model = load_model_folder(self._run(recipe) / "pretrain/best").model
@@ -159,8 +158,8 @@ class Subsample:
         query_ids = np.concatenate([rows.query_ids for rows in dataset.iterate("test", 65_536)])
         return System.from_ranks(recipe, np.load(ranks), query_ids, seconds)
 
-    def _result(self, recipe: str) -> Path:
-        return Path(self.args.folder) / "results" / self.name / f"{recipe}.x"
+    def _result(self, file: str) -> Path:
+        return Path(self.args.folder) / "results" / self.name / file
 
     def _run(self, recipe: str) -> Path:
         return Path(self.args.folder) / "runs" / self.name / recipe
@@ -176,8 +175,12 @@ def main() -> int:
     parser.add_argument("--pairs", nargs="+", type=int, default=[500], help="numbers of train pairs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="of search (default: all)")
     parser.add_argument("--search", type=Path, metavar="JSON", help="of compare: results of search")
-    parser.add_argument("--documents", type=int, default=3000, help="least number of documents (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=32, help="most tokens of a document (default: %(default)s)")
+    parser.add_argument(
+        "--documents", type=int, default=3000, help="minimum number of documents (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="maximum number of tokens of a document (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling and training")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the results")
     args = parser.parse_args()
@@ -205,10 +208,12 @@ def search(subsamples: list[Subsample], args: argparse.Namespace) -> None:
 
 def compare(subsamples: list[Subsample], args: argparse.Namespace) -> None:
     """Train and evaluate the choice for each set and its shipped config; print and save both."""
-    choices, table = json.loads(args.search.read_text())["choices"], []
+    choices = json.loads(args.search.read_text())["choices"]
+    table = []
     for subsample in subsamples:
         names = (choices[subsample.set], SHIPPED)
-        results, (chosen, shipped) = [subsample.train(name) for name in names], map(subsample.evaluate, names)
+        results = [subsample.train(name) for name in names]
+        chosen, shipped = (subsample.evaluate(name) for name in names)
         out = args.out.with_name(f"{args.out.stem}-{subsample.name}.json")
         save_comparison(out, [chosen, shipped], [(chosen, shipped)], Dataset.open(subsample.dataset), split="test")
         table.append({"results": results, **json.loads(out.read_text())})
@@ -229,12 +234,12 @@ def sampled(text_set: TextSet, subsample: Subsample) -> Iterator[Row]:
     parts: dict[str, list[Row]] = {"validation": [], "test": [], "train": []}
     for row in sorted(text_set.rows(subsample.args.source), key=order):
         parts[split_of(row[text_set.group], HELD_OUT)].append(row)
-    held_out = {row[text_set.document] for split in ROWS for row in parts[split]}
+    held_out = {row[text_set.document] for split in HELD_OUT_PAIRS for row in parts[split]}
     train = [row for row in parts["train"] if row[text_set.document] not in held_out]
     parts["train"] = train[: subsample.pairs]
     documents: set[str] = set()
     for split, rows in parts.items():
-        used = rows[: ROWS.get(split)]
+        used = rows[: HELD_OUT_PAIRS.get(split)]
         documents |= {row[text_set.document] for row in used}
         yield from ({**row, "split": split} for row in used)
     for row in train[subsample.pairs :]:
@@ -265,17 +270,14 @@ RECIPES = {
     "unchanged": Recipe(lr=0.0, epochs=0.0),
     "lr-5e-5": Recipe(lr=5e-5),
     "lr-1e-4": Recipe(),
-    "lr-1e-4-dropout": Recipe(dropout=0.1),
     "lr-1e-4-epochs-2": Recipe(epochs=2.0),
-    "lr-1e-4-hard": Recipe(hard=1, margin=1.0),
+    "lr-1e-4-hard": Recipe(hard=1),
     "lr-1e-4-average": Recipe(weight_average=0.9),
     "lr-1e-4-alpha-30": Recipe(alpha=30.0),
-    "lr-1e-4-alpha-fixed": Recipe(alpha_learned=False),
     "lr-1e-4-q2d": Recipe(direction="q2d"),
-    "lr-1e-4-rows-64": Recipe(rows=64),
     "lr-2e-4": Recipe(lr=2e-4),
     "lr-2e-4-epochs-8": Recipe(lr=2e-4, epochs=8.0),
-    "lr-2e-4-hard": Recipe(lr=2e-4, hard=1, margin=1.0),
+    "lr-2e-4-hard": Recipe(lr=2e-4, hard=1),
 }
 
 if __name__ == "__main__":
