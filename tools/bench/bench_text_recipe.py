@@ -41,9 +41,9 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.comparison import System, differences, save_comparison
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval.embed import encode_in, tower_encoders
+from bigdssm.sources.base import TableFile
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import hash64
-from tools.bench.bench_few_labels import read, split_of
 
 HELD_OUT = 0.15  # share of the groups in validation, and in test
 HELD_OUT_PAIRS = {"validation": 1000, "test": 1500}
@@ -233,7 +233,9 @@ def sampled(text_set: TextSet, subsample: Subsample) -> Iterator[Row]:
 
     parts: dict[str, list[Row]] = {"validation": [], "test": [], "train": []}
     for row in sorted(text_set.rows(subsample.args.source), key=order):
-        parts[split_of(row[text_set.group], HELD_OUT)].append(row)
+        uniform = hash64(row[text_set.group]) / 2**64
+        split = "test" if uniform < HELD_OUT else "validation" if uniform < 2 * HELD_OUT else "train"
+        parts[split].append(row)
     held_out = {row[text_set.document] for split in HELD_OUT_PAIRS for row in parts[split]}
     train = [row for row in parts["train"] if row[text_set.document] not in held_out]
     parts["train"] = train[: subsample.pairs]
@@ -246,6 +248,11 @@ def sampled(text_set: TextSet, subsample: Subsample) -> Iterator[Row]:
         if len(documents) < subsample.args.documents and row[text_set.document] not in documents:
             documents.add(row[text_set.document])
             yield {**row, "split": "none"}
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Yield the records of a .jsonl.xz file."""
+    return map(json.loads, TableFile(path).open())
 
 
 def wordnet_rows(source: Path) -> Iterator[Row]:
