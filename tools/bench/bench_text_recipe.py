@@ -277,7 +277,6 @@ RECIPES = {
     "unchanged": Recipe(lr=0.0, epochs=0.0),
     "lr-5e-5": Recipe(lr=5e-5),
     "lr-1e-4": Recipe(),
-    "lr-1e-4-epochs-2": Recipe(epochs=2.0),
     "lr-1e-4-hard": Recipe(hard=1),
     "lr-1e-4-average": Recipe(weight_average=0.9),
     "lr-1e-4-alpha-30": Recipe(alpha=30.0),
