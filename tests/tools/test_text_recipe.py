@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench.bench_text_recipe import HELD_OUT_PAIRS, Recipe, Row, Subsample, TextSet, sampled, search
+from tools.bench.bench_text_recipe import HELD_OUT, HELD_OUT_PAIRS, Recipe, Row, Subsample, TextSet, sampled, search
 
 
 def rows(_: Path) -> Iterator[Row]:
@@ -34,6 +34,12 @@ def test_train_has_no_group_and_no_document_of_the_other_splits() -> None:
         assert held_out.isdisjoint(row[column] for row in by_split["train"])
     assert len({row["doc"] for row in found}) == 3000 and by_split["none"]
     assert not any(row["split"] == "none" for row in subsample(500, documents=10))
+
+
+def test_train_has_most_groups() -> None:
+    found = subsample(20_000, documents=20_000)
+    train = {row["group"] for row in found if row["split"] in ("train", "none")}
+    assert len(train) / 10_000 == pytest.approx(1 - 2 * HELD_OUT, abs=0.02)
 
 
 def test_smaller_subsamples_are_part_of_larger_ones() -> None:

@@ -233,7 +233,7 @@ def sampled(text_set: TextSet, subsample: Subsample) -> Iterator[Row]:
 
     parts: dict[str, list[Row]] = {"validation": [], "test": [], "train": []}
     for row in sorted(text_set.rows(subsample.args.source), key=order):
-        uniform = hash64(row[text_set.group]) / 2**64
+        uniform = hash64(row[text_set.group]) / 2**64 % 1  # the hash is signed
         split = "test" if uniform < HELD_OUT else "validation" if uniform < 2 * HELD_OUT else "train"
         parts[split].append(row)
     held_out = {row[text_set.document] for split in HELD_OUT_PAIRS for row in parts[split]}
