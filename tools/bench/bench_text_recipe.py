@@ -19,7 +19,6 @@ Existing results in --folder are reused, so an interrupted command continues whe
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import shutil
 import sys
@@ -251,7 +250,7 @@ def sampled(text_set: TextSet, subsample: Subsample) -> Iterator[Row]:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yield the records of a .jsonl.xz file."""
+    """Yield the records of a compressed .jsonl file."""
     return map(json.loads, TableFile(path).open())
 
 
@@ -261,17 +260,18 @@ def wordnet_rows(source: Path) -> Iterator[Row]:
         yield from ({"lemmas": lemma, "gloss": row["gloss"]} for lemma in row["lemmas"])
 
 
-def docstring_rows(_: Path) -> Iterator[Row]:
-    """Yield the functions of this environment's packages."""
-    with gzip.open("datasets/source/docstrings.jsonl.gz", "rt", encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
 SETS = {
     "medquad": TextSet(lambda source: read(source / "medquad/pairs.jsonl.xz"), "focus", "doc", "query", "answer"),
     "tldr": TextSet(lambda source: read(source / "tldr/pairs.jsonl.xz"), "command", "doc", "query", "shell"),
     "wordnet": TextSet(wordnet_rows, "gloss", "gloss", "lemmas", "gloss"),
-    "docstrings": TextSet(docstring_rows, "package", "name", "docstring", "source", {"doc_id_column": "name"}),
+    "docstrings": TextSet(
+        lambda _: read(Path("datasets/source/docstrings.jsonl.gz")),
+        "package",
+        "name",
+        "docstring",
+        "source",
+        {"doc_id_column": "name"},
+    ),
 }
 RECIPES = {
     "unchanged": Recipe(lr=0.0, epochs=0.0),
