@@ -6,7 +6,7 @@
 negatives: the other documents of the batch (`in-batch`), with the logQ correction (`corrected`), with additional
 uniformly sampled documents (`corrected + uniform`), or the whole catalogue. depth: number of history layers. items:
 random initialization of item embeddings, or a warm start from item co-occurrence. recipes: products with a warm start,
-as in configs/movielens_latest.yaml, or cosines as in configs/amazon_beauty.yaml. refresh: steps between encodings of
+as in configs/movielens_1m.yaml, or cosines as in configs/amazon_beauty.yaml. refresh: steps between encodings of
 the texts of the whole catalogue (0: they are encoded in every step, with gradient).
 
 The dataset of the config must exist; runs are in RUN/CHOICE (RUN: run.dir of the config) and are resumed. Models are
@@ -42,10 +42,12 @@ CHOICES = {
         "dot": [
             "model.score=dot", "model.alpha_init=1.0", "model.alpha_learned=false", "pretrain.warm_start.window=8",
             "model.query.history.dropout=0.3", "model.query.history.item_dropout=0.3",
+            "model.query.history.item_scale=false",
         ],
         "cosine": [
             "model.score=cosine", "model.alpha_init=15.0", "model.alpha_learned=false", "model.beta=none",
             "pretrain.warm_start.window=0", "model.query.history.dropout=0.5", "model.query.history.item_dropout=0.5",
+            "model.query.history.item_scale=true",
         ],
     },
     "refresh": {str(steps): [f"pretrain.negatives.refresh_every_steps={steps}"] for steps in (0, 1, 10, 50)},

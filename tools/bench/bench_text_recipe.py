@@ -3,6 +3,8 @@
     python -m tools.public_data docstrings --max-per-package 1000 --out datasets/source/docstrings.jsonl.gz
     python -m tools.bench.bench_text_recipe search --source ../shared/data --pairs 500 --out search.json
     python -m tools.bench.bench_text_recipe compare --source ../shared/data --pairs 500 --search search.json \\
+        --out left_out.json
+    python -m tools.bench.bench_text_recipe compare --source ../shared/data --pairs 500 --recipe lr-1e-4-hard \\
         --out compare.json
 
 The sets are seeded subsamples of MedQuAD, tldr, WordNet and docstrings. Train has no group (a disease, a command, a
@@ -10,8 +12,9 @@ definition, a package) and no document of validation or test.
 
 search: trains the recipes on every set. The choice for a set is the recipe with the highest mean validation NDCG@10
 over the other sets and all sizes; `all` is the choice over all sets.
-compare: trains the choice for each set and the pretraining of its shipped config on the same pairs, and evaluates both
-on the test split, with paired bootstrap intervals. A shipped config has the same number of steps for any set.
+compare: trains the choice for each set, or one recipe, and the pretraining of the set's shipped config on the same
+pairs, and evaluates both on the test split, with paired bootstrap intervals. A shipped config has the same number of
+steps for any set.
 
 Existing results in --folder are reused, so an interrupted command continues where it stopped.
 """
@@ -174,6 +177,7 @@ def main() -> int:
     parser.add_argument("--pairs", nargs="+", type=int, default=[500], help="numbers of train pairs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="of search (default: all)")
     parser.add_argument("--search", type=Path, metavar="JSON", help="of compare: results of search")
+    parser.add_argument("--recipe", choices=RECIPES, help="of compare, in place of the choices of --search")
     parser.add_argument(
         "--documents", type=int, default=3000, help="minimum number of documents (default: %(default)s)"
     )
@@ -183,8 +187,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling and training")
     parser.add_argument("--out", type=Path, required=True, metavar="JSON", help="file for the results")
     args = parser.parse_args()
-    if args.what == "compare" and args.search is None:
-        parser.error("compare needs --search")
+    if args.what == "compare" and (args.search is None) == (args.recipe is None):
+        parser.error("compare needs --search or --recipe")
     subsamples = [Subsample(name, pairs, args) for pairs in args.pairs for name in args.sets]
     return run_main(lambda: (search if args.what == "search" else compare)(subsamples, args))
 
@@ -206,8 +210,8 @@ def search(subsamples: list[Subsample], args: argparse.Namespace) -> None:
 
 
 def compare(subsamples: list[Subsample], args: argparse.Namespace) -> None:
-    """Train and evaluate the choice for each set and its shipped config; print and save both."""
-    choices = json.loads(args.search.read_text())["choices"]
+    """Train and evaluate a recipe and the shipped config of each set; print and save both."""
+    choices = json.loads(args.search.read_text())["choices"] if args.search else dict.fromkeys(SETS, args.recipe)
     table = []
     for subsample in subsamples:
         names = (choices[subsample.set], SHIPPED)
