@@ -115,7 +115,7 @@ class ShardedFolder:
     def finish(self, complete: Callable[[Path], None], file: str = "") -> bool:
         """If every shard is done, call `complete` on the folder, or its `file`, and rename it.
 
-        Returns True on the one rank that did.
+        Returns True on the one rank that did. A kill after the rename leaves files of this class in the folder.
         """
         try:
             lock = _lock(self.aside)  # keeps other ranks from finishing the folder meanwhile
