@@ -208,8 +208,9 @@ class HistoryEncoderConfig(Component):
 
     # Whether it uses `models.blocks.attend`, softmax(q kᵀ / √W) v, which kernels for packed histories support.
     softmax_attention: ClassVar[bool] = True
+    pair_products: ClassVar[int] = 2  # matrix products over pairs of positions: the scores and the weighted sum
 
-    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; hstu; or a registered one
+    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; lowpass, as in BSARec; hstu; or a registered one
     # Position of an item: its distance from the newest item (age) or from the oldest (absolute), or the distance of two
     # items as a learned bias (relative) or rotary embedding (rotary); none: the order of events does not matter, but by
     # their times. Several queries per row exclude age; hstu has relative only.

@@ -162,6 +162,46 @@ class SasrecBlock(nn.Module):
         return hidden + self.dropout(self.feedforward(hidden))
 
 
+class LowPassBlock(nn.Module):
+    """A post-norm layer that mixes attention with a low-pass filter, an exponential moving average of the events.
+
+    BSARec filters the Fourier transform of the whole padded history, and its learned weights of high frequencies are
+    about 1e-5 here. The average depends on earlier events only, so that one pass gives the output at every position.
+    Source: Shin et al. 2024 (BSARec).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, feedforward: int, dropout: float, filter_share: float, filter_decay: float
+    ) -> None:
+        super().__init__()
+        self.heads, self.filter_share, self.filter_decay = heads, filter_share, filter_decay
+        self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.attention_norm, self.filter_norm, self.output_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, feedforward * dim), nn.GELU(), nn.Linear(feedforward * dim, dim)
+        )  # fmt: skip
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
+        """Return [R, A, E] for `x` [R, A, E] at the query positions, attending over `memory` [R, T, E]."""
+        q = split_heads(self.query(x), self.heads)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(memory).chunk(2, dim=2))
+        attended = self.attention_norm(x + self.dropout(self.output(attend(q, k, v, context))))
+        # The positions of queries and keys in place of their vectors, as one head of width 1.
+        query_position, key_position = (
+            position.view(-1, 1, position.shape[-1], 1) for position in (context.query_position, context.key_position)
+        )
+        average = context.apply_masked(self._moving_average, query_position, key_position, memory.unsqueeze(1))
+        filtered = self.filter_norm(x + self.dropout(average))
+        hidden = self.filter_share * filtered + (1 - self.filter_share) * attended
+        return self.output_norm(hidden + self.dropout(self.feedforward(hidden)))
+
+    def _moving_average(self, query_position: Tensor, key_position: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        distance = query_position - key_position.transpose(2, 3)
+        weights = (1 - self.filter_decay) * self.filter_decay ** distance.clamp(min=0)
+        return (weights * (distance >= 0)).to(values.dtype) @ values
+
+
 class GatedBlock(nn.Module):
     """x + gate(norm x) * branch(norm x), for attention and then a SwiGLU feed-forward layer.
 

@@ -59,6 +59,26 @@ class Gated(Sasrec):
 
 @register_block
 @dataclass(frozen=True)
+class LowPass(Sasrec):
+    """Attention mixed with a low-pass filter, a moving average of the events, as in BSARec; norms follow the sums."""
+
+    softmax_attention: ClassVar[bool] = False  # the average has no kernel for packed histories
+    pair_products: ClassVar[int] = 3
+
+    block: str = "lowpass"
+    feedforward: int = bounded(4, 1, 64)
+    filter_share: float = bounded(0.7, 0, at_most=1)  # attention has the rest
+    filter_decay: float = bounded(0.9, 0, below=1)  # weight of an event over that of the next one
+
+    def build(self, dim: int) -> nn.Module:
+        """Return the layer with a filter."""
+        from bigdssm.models.blocks import LowPassBlock
+
+        return LowPassBlock(dim, self.heads, self.feedforward, self.dropout, self.filter_share, self.filter_decay)
+
+
+@register_block
+@dataclass(frozen=True)
 class Hstu(HistoryEncoderConfig):
     """Attention by SiLU in place of a softmax, its output gated, and no feed-forward layer (Zhai et al. 2024)."""
 

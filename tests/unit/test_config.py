@@ -481,7 +481,10 @@ def test_an_optimizer_has_keys_of_its_own(path: Path, override: str, reason: str
             "model.query.history={block: hstu, positions: age}",
             "model.query.history.positions: got 'age', needs one of relative",
         ),
-        ("model.query.history.block=lstm", "model.query.history.block: got lstm, needs one of sasrec, gated, hstu, or"),
+        (
+            "model.query.history.block=lstm",
+            "model.query.history.block: got lstm, needs one of sasrec, gated, lowpass, hstu, or",
+        ),
         (
             "model.doc.text.type=bag",
             "model.doc.text.type: got bag, needs one of transformer, or a text encoder whose module",

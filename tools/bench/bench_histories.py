@@ -33,7 +33,9 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
-    parser.add_argument("--block", choices=("gated", "sasrec", "hstu"), default="gated", help=f"block type {default}")
+    parser.add_argument(
+        "--block", choices=("gated", "sasrec", "lowpass", "hstu"), default="gated", help=f"block type {default}"
+    )
     parser.add_argument(
         "--positions",
         choices=("relative", "rotary", "absolute"),

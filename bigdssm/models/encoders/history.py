@@ -402,7 +402,7 @@ class HistoryEncoder(Encoder):
             read_R = np.ones_like(length_R) if newest_only else length_R
             flops += float(length_R.sum()) * key_value
             flops += float(read_R.sum()) * (linear_flops(layer) - key_value)
-            flops += float((read_R * length_R).sum()) * 4 * self.dim
+            flops += float((read_R * length_R).sum()) * 2 * self.dim * self.config.pair_products
         return flops
 
 

@@ -450,6 +450,7 @@ def test_onnx_scores_as_the_trainer(
         ("hstu", "relative"),
         ("gated", "rotary"),
         ("sasrec", "absolute"),
+        ("lowpass", "relative"),
     ],
 )
 def test_onnx_holds_histories_of_every_kind(

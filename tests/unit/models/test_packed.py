@@ -199,8 +199,9 @@ def test_packed_histories_are_padded_ones(block: str, positions: str, layers: in
 
 GROUPED = pytest.mark.parametrize(
     ("block", "positions"),
-    [("gated", "relative"), ("sasrec", "relative"), ("hstu", "relative"), ("gated", "rotary"), ("sasrec", "absolute")],
-)
+    [("gated", "relative"), ("sasrec", "relative"), ("hstu", "relative"), ("gated", "rotary"), ("sasrec", "absolute"),
+     ("lowpass", "relative"), ("lowpass", "rotary")],
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -233,6 +234,7 @@ def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_t
     [
         ("gated", "relative", True, None), ("hstu", "relative", False, None),
         ("sasrec", "rotary", True, within_rows), ("gated", "rotary", False, within_rows),
+        ("lowpass", "relative", True, None), ("lowpass", "rotary", False, within_rows),
     ],
 )  # fmt: skip
 def test_requests_over_packed_histories(
