@@ -246,7 +246,10 @@ def test_requests_over_packed_histories(
     assert_packed_is_padded("query", chunk_tokens, queries, by, **given)
 
 
-@pytest.mark.parametrize(("block", "positions", "by"), [("hstu", "relative", None), ("sasrec", "rotary", within_rows)])
+@pytest.mark.parametrize(
+    ("block", "positions", "by"),
+    [("hstu", "relative", None), ("lowpass", "relative", None), ("sasrec", "rotary", within_rows)],
+)
 def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by: Attention | None) -> None:
     given = sides()
     for name in ("history", "history.action", "history.price", "history.when"):
