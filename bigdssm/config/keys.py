@@ -206,14 +206,14 @@ class HistoryEncoderConfig(Component):
     A type of block is a subclass with additional keys, registered in HISTORY_BLOCKS.
     """
 
-    # Whether it uses `models.blocks.attend`, softmax(q kᵀ / √W) v, which kernels for packed histories support.
+    # Whether it attends by `models.blocks.attend` alone, softmax(q kᵀ / √W) v, which has kernels for packed histories.
     softmax_attention: ClassVar[bool] = True
     pair_products: ClassVar[int] = 2  # matrix products over pairs of positions: the scores and the weighted sum
 
-    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; lowpass, as in BSARec; hstu; or a registered one
+    block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; lowpass, after BSARec; hstu; or a registered one
     # Position of an item: its distance from the newest item (age) or from the oldest (absolute), or the distance of two
-    # items as a learned bias (relative) or rotary embedding (rotary); none: the order of events does not matter, but by
-    # their times. Several queries per row exclude age; hstu has relative only.
+    # items as a learned bias (relative) or rotary embedding (rotary); none: attention does not depend on the order of
+    # events, but by their times. Several queries per row exclude age; hstu has relative only.
     positions: Literal["age", "absolute", "relative", "rotary", "none"] = "age"
     # Whether attention depends on the time between two events, and from the request in the last layer, as rotary
     # embeddings; it needs a feature of data.event of type timestamp. hstu has none.

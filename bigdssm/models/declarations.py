@@ -60,14 +60,14 @@ class Gated(Sasrec):
 @register_block
 @dataclass(frozen=True)
 class LowPass(Sasrec):
-    """Attention mixed with a low-pass filter, a moving average of the events, as in BSARec; norms follow the sums."""
+    """Post-norm attention mixed with a moving average of the events, in place of BSARec's Fourier filter."""
 
     softmax_attention: ClassVar[bool] = False  # the average has no kernel for packed histories
     pair_products: ClassVar[int] = 3
 
     block: str = "lowpass"
-    feedforward: int = bounded(4, 1, 64)
-    filter_share: float = bounded(0.7, 0, at_most=1)  # attention has the rest
+    feedforward: int = bounded(4, 1, 64)  # width of the feed-forward layer, as a multiple of the item vectors'
+    filter_share: float = bounded(0.7, 0, at_most=1)  # weight of the average; attention has 1 − filter_share
     filter_decay: float = bounded(0.9, 0, below=1)  # weight of an event over that of the next one
 
     def build(self, dim: int) -> nn.Module:

@@ -4,10 +4,10 @@
     python tools/bench/bench_choices.py depth --config configs/movielens_latest.yaml --out depth.json key=value …
 
 negatives: the other documents of the batch (`in-batch`), with the logQ correction (`corrected`), with additional
-uniformly sampled documents (`corrected + uniform`), or the whole catalogue. depth: number of history layers. items:
-random initialization of item embeddings, or a warm start from item co-occurrence. recipes: products with a warm start,
-as in configs/movielens_1m.yaml, or cosines as in configs/amazon_beauty.yaml. refresh: steps between encodings of
-the texts of the whole catalogue (0: they are encoded in every step, with gradient).
+uniformly sampled documents (`corrected + uniform`), or the whole catalogue. blocks, depth: type and number of history
+layers. items: random initialization of item embeddings, or a warm start from item co-occurrence. recipes: products with
+a warm start, as in configs/movielens_1m.yaml, or cosines as in configs/amazon_beauty_attributes.yaml. refresh: steps
+between encodings of the texts of the whole catalogue (0: they are encoded in every step, with gradient).
 
 The dataset of the config must exist; runs are in RUN/CHOICE (RUN: run.dir of the config) and are resumed. Models are
 selected on validation and evaluated once on test, with a standard error over the queries.
@@ -36,6 +36,7 @@ CHOICES = {
         ],
         "catalogue": ["pretrain.negatives.columns=catalogue", "pretrain.sampling.name=none"],
     },
+    "blocks": {block: [f"model.query.history.block={block}"] for block in ("sasrec", "gated", "lowpass")},
     "depth": {str(layers): [f"model.query.history.layers={layers}"] for layers in (1, 2, 4, 8)},
     "items": {start: [f"pretrain.warm_start.window={window}"] for start, window in {"random": 0, "warm": 8}.items()},
     "recipes": {
