@@ -165,9 +165,9 @@ class SasrecBlock(nn.Module):
 class LowPassBlock(nn.Module):
     """A post-norm layer that mixes attention with a low-pass filter, an exponential moving average of the events.
 
-    BSARec filters the Fourier transform of the whole padded history. The average depends on earlier events only, so that
-    one pass gives the output at every position; learned weights of the high frequencies were about 1e-5 on Amazon Beauty,
-    and are left out. Source: Shin et al. 2024 (BSARec).
+    BSARec filters the Fourier transform of the whole padded history. The average depends on earlier events only, so
+    that one pass gives the output at every position; BSARec's learned weights of high frequencies, about 1e-5 on Amazon
+    Beauty, are left out. Source: Shin et al. 2024 (BSARec).
     """
 
     def __init__(
