@@ -66,7 +66,6 @@ class LowPass(Sasrec):
     pair_products: ClassVar[int] = 3
 
     block: str = "lowpass"
-    feedforward: int = bounded(4, 1, 64)  # width of the feed-forward layer, as a multiple of the item vectors'
     filter_share: float = bounded(0.7, 0, at_most=1)  # weight of the average; attention has 1 − filter_share
     filter_decay: float = bounded(0.9, 0, below=1)  # weight of an event over that of the next one
 
