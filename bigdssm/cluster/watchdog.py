@@ -86,6 +86,7 @@ class Watchdog:
         self._request_stop = request_stop or (lambda: os.kill(os.getpid(), signal.SIGTERM))
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_HEARTBEAT_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
+        self._tick_s = min(1.0, self._interval_s)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
@@ -199,11 +200,10 @@ class Watchdog:
     # --- check thread ---
 
     def _check(self) -> None:
-        tick_s = min(1.0, self._interval_s)
         before = time.monotonic()
-        while not self._closed.wait(tick_s):
+        while not self._closed.wait(self._tick_s):
             now = time.monotonic()
-            if now - before > tick_s + max(2.0, 2 * self._interval_s):  # this process itself was stopped
+            if now - before > self._tick_s + max(2.0, 2 * self._interval_s):  # this process itself was stopped
                 self._moved_at = self._heartbeat_at = self._exchanged_at = now
                 self._faults_since.clear()
             before = now
@@ -345,12 +345,13 @@ class Watchdog:
                 sys.stderr.write(f"{verdict['text']}\n")
                 sys.stderr.flush()
             self._record_end(verdict["code"], verdict["text"])
+            self._await_readers()
         else:
             sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stack traces:\n")
             sys.stderr.flush()
             self._record_end(verdict["code"], f"{verdict['text']}; ended without saving")
             faulthandler.dump_traceback(all_threads=True)
-        self._await_readers()
+            self._await_readers(every_rank=True)
         if self._to_kill is not None and state_of(self._to_kill) == "T":  # a stopped process ignores SIGTERM
             os.kill(self._to_kill, signal.SIGKILL)
         os._exit(verdict["code"])
@@ -361,10 +362,13 @@ class Watchdog:
             thread.start()
             thread.join(END_RECORD_S)
 
-    def _await_readers(self) -> None:
-        """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""
-        if self._store_is_rank_0s and self._rank == 0 and self._world_size > 1:
-            time.sleep(min(LONGEST_HEARTBEAT_S, 2 * self._interval_s))
+    def _await_readers(self, every_rank: bool = False) -> None:
+        """Delay the exit until all ranks have read the verdict: with rank 0 the store ends.
+
+        Every rank, if the others log stack traces: an exit also ends the collectives in which they wait.
+        """
+        if self._world_size > 1 and (every_rank or (self._store_is_rank_0s and self._rank == 0)):
+            time.sleep(self._interval_s + self._tick_s + 1.0)  # an exchange, a check, and a second to log
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

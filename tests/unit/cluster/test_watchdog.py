@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from bigdssm.cluster import watchdog as module
 from bigdssm.cluster.launcher import LauncherMonitor
 from bigdssm.cluster.watchdog import Peer, Watchdog
 
@@ -151,3 +153,18 @@ def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
     watchdog._stop_file = tmp_path  # cannot be read
     watchdog._watch_launcher()
     assert len(sent) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_exits_after_all_others_have_read_the_verdict(
+    watchdog: Watchdog, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit ends the collectives in which the others wait, and of which their stack traces have to tell."""
+    slept: list[float] = []
+    watchdog._rank = rank
+    monkeypatch.setattr(module.time, "sleep", slept.append)
+    monkeypatch.setattr(module.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        watchdog._end({"text": "rank 2 is stuck", "code": 6})
+    assert ended.value.code == 6
+    assert slept and slept[-1] > watchdog._interval_s + watchdog._tick_s
