@@ -107,7 +107,7 @@ class ModelFolder:
 
         Raises CheckpointError unless the model was trained on this dataset, or on an earlier state of it.
         """
-        dataset_schema = dataset.whole.schema
+        dataset_schema = replace(dataset.whole.schema, title=self.schema.title)  # titles are no inputs
         difference = self.schema.difference(dataset_schema)
         if difference is None and dataset_schema.cut(self.schema.vocabulary_sizes()) != self.schema:
             difference = "the vocabulary or normalization differs in more than values added by appended partitions"

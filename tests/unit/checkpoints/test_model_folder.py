@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -196,6 +197,13 @@ def test_a_dataset_of_another_schema_is_refused(model_dir: Path, dataset: Datase
     other = replace(folder, schema=Schema({}, dataset.schema.doc))
     with pytest.raises(CheckpointError, match="query features"):
         other.view(dataset)
+
+
+def test_another_column_of_titles_is_no_other_schema(model_dir: Path, dataset: Dataset) -> None:
+    folder = load_model_folder(model_dir)
+    other = replace(folder, schema=replace(folder.schema, title="another"))
+    assert other.schema != folder.schema
+    assert other.view(dataset).catalogue.titles(np.arange(2)) == dataset.catalogue.titles(np.arange(2))
 
 
 def test_only_model_folders_are_replaced(model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path) -> None:
