@@ -541,4 +541,4 @@ def test_the_page_can_be_computed_from_the_stored_trials() -> None:
                 assert cell["mean"] == pytest.approx(rows.mean(), abs=5.1e-5), (name, cell)
                 spent = np.mean([second for of in of_members for second in seconds[of]])
                 assert cell["cpu_seconds"] == pytest.approx(spent, abs=0.051), (name, cell)
-    assert used == set(stored) and len(stored) == 352
+    assert used == set(stored) and len(stored) == 355

@@ -159,7 +159,7 @@ def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
 def test_a_rank_exits_after_all_others_have_read_the_verdict(
     watchdog: Watchdog, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its exit ends the collectives in which the others wait, and of which their stack traces have to tell."""
+    """Its exit ends the collectives in which the others wait, and which their stack traces have to show."""
     slept: list[float] = []
     watchdog._rank = rank
     monkeypatch.setattr(module.time, "sleep", slept.append)
