@@ -107,9 +107,10 @@ class ModelFolder:
 
         Raises CheckpointError unless the model was trained on this dataset, or on an earlier state of it.
         """
-        dataset_schema = replace(dataset.whole.schema, title=self.schema.title)  # titles are no inputs
-        difference = self.schema.difference(dataset_schema)
-        if difference is None and dataset_schema.cut(self.schema.vocabulary_sizes()) != self.schema:
+        dataset_schema = dataset.whole.schema
+        schema = replace(self.schema, title=dataset_schema.title)  # titles are no inputs
+        difference = schema.difference(dataset_schema)
+        if difference is None and dataset_schema.cut(schema.vocabulary_sizes()) != schema:
             difference = "the vocabulary or normalization differs in more than values added by appended partitions"
         if difference is None and self.tokenizer_dir and tokenizer_hash(self.tokenizer_dir) != dataset.tokenizer_hash:
             difference = "the tokenizer differs"
@@ -119,7 +120,7 @@ class ModelFolder:
                 f"dataset, build this one with bigdssm make_shards … --like {self.config.data.dir}, or train on it"
             )
         rules = replace(dataset.rules, item_rows=self.config.model.query.history.items != "id")
-        return dataset.with_rules(rules).with_schema(self.schema)
+        return dataset.with_rules(rules).with_schema(schema)
 
 
 def save_model_folder(

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,7 +87,6 @@ class Watchdog:
         self._request_stop = request_stop or (lambda: os.kill(os.getpid(), signal.SIGTERM))
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_HEARTBEAT_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
-        self._tick_s = min(1.0, self._interval_s)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
@@ -96,7 +96,7 @@ class Watchdog:
         self._verdict: dict[str, Any] | None = None
         self._to_publish: dict[str, Any] | None = None
         self._survey: dict[int, dict[str, Any]] | None = None
-        self._needs_survey = self._stop_requested = False
+        self._needs_survey = self._stop_requested = self._ending = False
         self._leaving_until: float | None = None
         self._to_kill: int | None = None
         self._wake, self._closed = threading.Event(), threading.Event()
@@ -133,6 +133,12 @@ class Watchdog:
             self._close()
         elif distributed.is_peer_failure(error):
             cause = self._find_cause()
+            if self._ending:
+                time.sleep(EXIT_TIMEOUT_S)  # the check thread ends the process
+            if self._verdict and not self._verdict["wait_for_main"] and self._verdict["code"] == PeerError.exit_code:
+                # another rank ended by this verdict before the check thread logged the stack traces of this one
+                sys.stderr.write(f"rank {self._rank} waited at:\n")
+                traceback.print_tb(tb)
             self._close()
             raise PeerError(cause) from error
         else:
@@ -200,10 +206,11 @@ class Watchdog:
     # --- check thread ---
 
     def _check(self) -> None:
+        tick_s = min(1.0, self._interval_s)
         before = time.monotonic()
-        while not self._closed.wait(self._tick_s):
+        while not self._closed.wait(tick_s):
             now = time.monotonic()
-            if now - before > self._tick_s + max(2.0, 2 * self._interval_s):  # this process itself was stopped
+            if now - before > tick_s + max(2.0, 2 * self._interval_s):  # this process itself was stopped
                 self._moved_at = self._heartbeat_at = self._exchanged_at = now
                 self._faults_since.clear()
             before = now
@@ -224,7 +231,7 @@ class Watchdog:
         timeout_s = self._timeout_s
         # checked before the heartbeat limit: otherwise a stopped rank 0 is reported as a failed store
         near = self._near_fault(now, stopped_s=timeout_s - 2 * self._interval_s, gone_s=DEAD_PROCESS_DELAY_S)
-        if near:
+        if near or self._faults_since:  # one that is not yet certain would explain the others
             return near
         if self._broken_at and now - self._broken_at > BROKEN_STORE_S and self._store_is_rank_0s and self._rank:
             return f"{self._peers[0]} has ended: the store that it hosted for all ranks is gone"
@@ -340,18 +347,18 @@ class Watchdog:
 
     def _end(self, verdict: dict[str, Any]) -> None:
         """Print the verdict and all stack traces, and end the process regardless of the main thread."""
+        self._ending = True
         if verdict["code"] == STOPPED_EXIT_CODE:
             if self._rank == 0:
                 sys.stderr.write(f"{verdict['text']}\n")
                 sys.stderr.flush()
             self._record_end(verdict["code"], verdict["text"])
-            self._await_readers()
         else:
             sys.stderr.write(f"error: {verdict['text']}; rank {self._rank} ends without saving, its stack traces:\n")
             sys.stderr.flush()
             self._record_end(verdict["code"], f"{verdict['text']}; ended without saving")
             faulthandler.dump_traceback(all_threads=True)
-            self._await_readers(every_rank=True)
+        self._await_readers()
         if self._to_kill is not None and state_of(self._to_kill) == "T":  # a stopped process ignores SIGTERM
             os.kill(self._to_kill, signal.SIGKILL)
         os._exit(verdict["code"])
@@ -362,13 +369,10 @@ class Watchdog:
             thread.start()
             thread.join(END_RECORD_S)
 
-    def _await_readers(self, every_rank: bool = False) -> None:
-        """Delay the exit until all ranks have read the verdict: with rank 0 the store ends.
-
-        Every rank, if the others log stack traces: an exit also ends the collectives in which they wait.
-        """
-        if self._world_size > 1 and (every_rank or (self._store_is_rank_0s and self._rank == 0)):
-            time.sleep(self._interval_s + self._tick_s + 1.0)  # an exchange, a check, and a second to log
+    def _await_readers(self) -> None:
+        """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""
+        if self._store_is_rank_0s and self._rank == 0 and self._world_size > 1:
+            time.sleep(min(LONGEST_HEARTBEAT_S, 2 * self._interval_s))
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

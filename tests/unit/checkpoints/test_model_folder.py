@@ -203,7 +203,9 @@ def test_another_column_of_titles_is_no_other_schema(model_dir: Path, dataset: D
     folder = load_model_folder(model_dir)
     other = replace(folder, schema=replace(folder.schema, title="another"))
     assert other.schema != folder.schema
-    assert other.view(dataset).catalogue.titles(np.arange(2)) == dataset.catalogue.titles(np.arange(2))
+    view = other.view(dataset)
+    assert view.schema == folder.schema, "with the dataset's title"
+    assert view.catalogue.titles(np.arange(2)) == dataset.catalogue.titles(np.arange(2))
 
 
 def test_only_model_folders_are_replaced(model: DualEncoder, config: Config, dataset: Dataset, tmp_path: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from bigdssm.cluster import watchdog as module
-from bigdssm.cluster.launcher import LauncherMonitor
-from bigdssm.cluster.watchdog import Peer, Watchdog
+from bigdssm.cluster.launcher import LauncherMonitor, state_of
+from bigdssm.cluster.watchdog import DEAD_PROCESS_DELAY_S, Peer, Watchdog
+from bigdssm.errors import PeerError
 
 TIMEOUT_S = 10.0
 
@@ -28,6 +30,15 @@ def watchdog() -> Watchdog:
     dog._near, dog._next = [], dog._peers[2]
     dog._moves, dog._moved_at, dog._exchanged_at, dog._heartbeat_at = 5, 100.0, 100.0, 100.0
     return dog
+
+
+@contextmanager
+def _entered(dog: Watchdog) -> Iterator[None]:
+    """Call `__exit__` alone: `__enter__` needs a process group."""
+    try:
+        yield
+    except RuntimeError as error:
+        dog.__exit__(type(error), error, error.__traceback__)
 
 
 def test_a_silent_store_is_blamed_on_its_host_not_on_the_neighbour(watchdog: Watchdog) -> None:
@@ -50,6 +61,34 @@ def test_rank_0_is_blamed_for_a_broken_store(watchdog: Watchdog) -> None:
     watchdog._broken_at = 100.0
     assert watchdog._fault(109.9) is None
     assert "rank 0 (pid 7 on node0) has ended" in str(watchdog._fault(110.01))
+
+
+def test_a_dead_rank_0_is_blamed_for_its_silent_store(watchdog: Watchdog) -> None:
+    ended = subprocess.Popen(["true"])  # a zombie until wait()
+    watchdog._near = [Peer(0, "node0", ended.pid, "machine 0")]
+    while state_of(ended.pid) != "Z":
+        time.sleep(0.01)
+    assert watchdog._fault(110.1) is None, "10.1 s without a response of the store, but its host may have ended"
+    assert str(watchdog._fault(110.1 + DEAD_PROCESS_DELAY_S)).startswith(f"rank 0 (pid {ended.pid} on node0) has ended")
+    ended.wait()
+
+
+def test_a_rank_whose_collective_ends_with_a_hanging_rank_logs_where_it_waited(
+    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def all_reduce() -> None:
+        raise RuntimeError("Gloo: connection closed by peer")
+
+    def run(verdict: dict[str, object]) -> str:
+        watchdog._verdict, watchdog._threads = verdict, []  # type: ignore[assignment]
+        with pytest.raises(PeerError, match="rank 2 is stuck"), _entered(watchdog):
+            all_reduce()
+        return capsys.readouterr().err
+
+    stuck = {"text": "rank 2 is stuck", "code": PeerError.exit_code}
+    written = run({**stuck, "wait_for_main": False})
+    assert written.startswith("rank 1 waited at:") and "in all_reduce" in written
+    assert run({**stuck, "wait_for_main": True}) == "", "the rank ends by its own error"
 
 
 def test_the_slowest_rank_outside_a_collective_is_blamed(watchdog: Watchdog) -> None:
@@ -153,18 +192,3 @@ def test_a_request_by_file_becomes_the_signal_that_stops_a_run(
     watchdog._stop_file = tmp_path  # cannot be read
     watchdog._watch_launcher()
     assert len(sent) == 1
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_exits_after_all_others_have_read_the_verdict(
-    watchdog: Watchdog, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its exit ends the collectives in which the others wait, and which their stack traces have to show."""
-    slept: list[float] = []
-    watchdog._rank = rank
-    monkeypatch.setattr(module.time, "sleep", slept.append)
-    monkeypatch.setattr(module.os, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as ended:
-        watchdog._end({"text": "rank 2 is stuck", "code": 6})
-    assert ended.value.code == 6
-    assert slept and slept[-1] > watchdog._interval_s + watchdog._tick_s
