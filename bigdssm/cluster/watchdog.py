@@ -13,6 +13,7 @@ PeerError's exit code. Nothing is saved: the ranks can no longer synchronize.
 """
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -48,6 +49,12 @@ STOPPED_EXIT_CODE = 143  # the exit code of SIGTERM in shells
 STOPPED = "stopped on request, ended without saving; --resume auto continues from the last checkpoint"
 
 logger = get_logger(__name__)
+
+_without_collection = threading.Lock()  # also held by a fork: else a loader process could start without collections
+os.register_at_fork(
+    before=_without_collection.acquire, after_in_parent=_without_collection.release,
+    after_in_child=_without_collection.release,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ class Watchdog:
         return self._timeout_s if self._moves else max(self._timeout_s, STARTUP_TIMEOUT_S)
 
     def _own_state(self) -> dict[str, Any]:
-        where, waits = _position(sys._current_frames().get(self._main_thread or 0))
+        where, waits = _position(_frames().get(self._main_thread or 0))
         return {"moves": self._moves, "phase": self._phase, "where": where, "waits": waits}
 
     # --- check thread ---
@@ -388,6 +395,23 @@ def _machine() -> str:
         return f"{socket.gethostname()} {os.getpid()}"  # unique
 
 
+def _frames() -> dict[int, FrameType]:
+    """Return the current frame of every thread, without a garbage collection meanwhile.
+
+    Before Python 3.11.9 the interpreter holds its lock of the list of threads while it reads the frames. If a finalizer
+    then releases the GIL, a thread that starts or ends waits for that lock with the GIL, and the process hangs.
+    Source: https://github.com/python/cpython/issues/106883
+    """
+    with _without_collection:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
 def _position(frame: FrameType | None) -> tuple[str, bool]:
     """Return a thread's position, as `file.py:line function`, and whether it waits in a collective.
 
@@ -397,7 +421,7 @@ def _position(frame: FrameType | None) -> tuple[str, bool]:
         return "nowhere", False
     caller: FrameType | None = frame
     while caller is not None and caller.f_code.co_filename == threading.__file__:
-        if caller.f_code.co_name == "join" and (other := sys._current_frames().get(caller.f_locals["self"].ident)):
+        if caller.f_code.co_name == "join" and (other := _frames().get(caller.f_locals["self"].ident)):
             return _position(other)
         caller = caller.f_back
     code = frame.f_code
