@@ -50,11 +50,10 @@ STOPPED = "stopped on request, ended without saving; --resume auto continues fro
 
 logger = get_logger(__name__)
 
-_without_collection = threading.Lock()  # also held by a fork: else a loader process could start without collections
+_collector_lock = threading.Lock()  # also held during a fork: a loader process must not inherit a disabled collector
 os.register_at_fork(
-    before=_without_collection.acquire, after_in_parent=_without_collection.release,
-    after_in_child=_without_collection.release,
-)  # fmt: skip
+    before=_collector_lock.acquire, after_in_parent=_collector_lock.release, after_in_child=_collector_lock.release
+)
 
 
 @dataclass(frozen=True)
@@ -396,13 +395,14 @@ def _machine() -> str:
 
 
 def _frames() -> dict[int, FrameType]:
-    """Return the current frame of every thread, without a garbage collection meanwhile.
+    """Return the current frame of every thread, read with the garbage collector disabled.
 
-    Before Python 3.11.9 the interpreter holds its lock of the list of threads while it reads the frames. If a finalizer
-    then releases the GIL, a thread that starts or ends waits for that lock with the GIL, and the process hangs.
+    Before Python 3.11.12 the interpreter holds its lock on the list of threads while it allocates the result. If a
+    collection in between releases the GIL, a thread that starts or ends waits for that lock while it holds the GIL, and
+    the process hangs.
     Source: https://github.com/python/cpython/issues/106883
     """
-    with _without_collection:
+    with _collector_lock:
         was_enabled = gc.isenabled()
         gc.disable()
         try:

@@ -26,7 +26,7 @@ KUBERNETES_GRACE_S = 30.0
 NEVER_ENDING = ("pretrain.steps=100000", "pretrain.log_every_steps=1000000")
 STEADY = (
     "pretrain.save_every_steps=4", "pretrain.keep_checkpoints=3", "debug.log_row_ids=true", "data.num_workers=1",
-    "engine.peer_timeout_s=60",  # less than `Run.wait`: a hang is reported with its stack traces
+    "engine.peer_timeout_s=60",  # less than `Run.wait`: a hang is reported first
     "model.query.history.dropout=0.1", "model.doc.dropout=0.1",
 )  # fmt: skip
 
