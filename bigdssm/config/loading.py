@@ -80,7 +80,7 @@ def changes_of(overrides: Sequence[str], kind: type, content: DictConfig) -> Dic
     """Return `key=value` overrides of a file's `content` as a container; `kind` is its dataclass. Raises ConfigError.
 
     The value of a field of type str is the rest of the word, unless it is empty, null or in quotes; others are YAML
-    without comments.
+    without comments. Mappings are merged; an empty one replaces that of `content`, in place, and of earlier overrides.
     """
     changes, given = OmegaConf.create({}), [content]
     for override in overrides:
@@ -94,6 +94,10 @@ def changes_of(overrides: Sequence[str], kind: type, content: DictConfig) -> Dic
         try:
             if is_yaml or not _is_text(kind, key, given):
                 _check_value(override, value)
+                if yaml.safe_load(value) == {}:
+                    for before in (content, changes):
+                        if isinstance(OmegaConf.select(before, key, throw_on_resolution_failure=False), DictConfig):
+                            OmegaConf.update(before, key, {}, merge=False)
                 changes.merge_with_dotlist([override])
             else:
                 OmegaConf.update(changes, key, value)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from bigdssm.config import config_of, first_difference, load_config
+from bigdssm.config.loading import read_config
 from bigdssm.errors import ConfigError
 from bigdssm.models.declarations import Hstu
 from bigdssm.training.optimizers import AdamW, Muon
@@ -133,6 +134,23 @@ def test_the_text_of_an_override_is_taken_as_it_is(path: Path, override: str, va
 def test_an_override_has_neither_comments_nor_missing_values(path: Path, override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["data.query={age: {type: numeric}}"], ["words", "age"]),
+        (["data.query={}"], []),
+        (["data.query={age: {type: numeric}}", "data.query={}", "data.query.sex.type=categorical"], ["sex"]),
+    ],
+)
+def test_an_override_merges_with_a_mapping_and_an_empty_one_replaces_it(
+    path: Path, overrides: list[str], names: list[str]
+) -> None:
+    content = yaml.safe_load(path.read_text())
+    content["data"]["query"] = {"words": {"type": "text"}}
+    path.write_text(yaml.safe_dump(content))
+    assert list(read_config(path, overrides).data.query) == names
 
 
 def test_keys_without_effect_are_refused(path: Path) -> None:
