@@ -80,7 +80,7 @@ def changes_of(overrides: Sequence[str], kind: type, content: DictConfig) -> Dic
     """Return `key=value` overrides of a file's `content` as a container; `kind` is its dataclass. Raises ConfigError.
 
     The value of a field of type str is the rest of the word, unless it is empty, null or in quotes; others are YAML
-    without comments. Mappings are merged; an empty one replaces that of `content`, in place, and of earlier overrides.
+    without comments. Mappings are merged; `key={}` empties that of `content`, in place, and of earlier overrides.
     """
     changes, given = OmegaConf.create({}), [content]
     for override in overrides:
