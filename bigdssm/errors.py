@@ -1,10 +1,28 @@
-"""Errors for users, each with the exit code of the process."""
+"""Errors for users, each with the exit code of the process, and the exit codes of a comparison of models."""
+
+from enum import IntEnum
 
 
 class BigDSSMError(Exception):
-    """Base of all errors of this package; the message is one sentence that a user can act on."""
+    """Base of all errors of this package; the message is one sentence that a user can act on.
+
+    `details`, such as ids or paths, continue the sentence on the command line and in logs. The clients of a server get
+    the message without them.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object, details: str = "") -> None:
+        super().__init__(*args)
+        self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.public_message}{self.details}"
+
+    @property
+    def public_message(self) -> str:
+        """Return the message without details."""
+        return super().__str__()
 
 
 class ConfigError(BigDSSMError):
@@ -17,6 +35,10 @@ class DataError(BigDSSMError):
     """Input tables, shards, indexes or catalogues that are missing, damaged or of another schema."""
 
     exit_code = 3
+
+
+class UnknownKeyError(DataError):
+    """A user or document of a request that does not exist."""
 
 
 class UnavailableError(DataError):
@@ -45,6 +67,15 @@ class DiskFullError(BigDSSMError):
     """A file of table rows that has no space left."""
 
     exit_code = 7
+
+
+class Verdict(IntEnum):
+    """The exit codes of `bigdssm compare_models LIVE NEW`; no error has one of them."""
+
+    NOT_WORSE = 0  # NEW is not worse than LIVE by more than the margin
+    WORSE = 10
+    UNDECIDED = 11  # there are too few requests
+    EQUAL_WEIGHTS = 12  # the same model
 
 
 class Preempted(BigDSSMError):

@@ -29,6 +29,7 @@ VOCABULARY = (
 WORDS = VOCABULARY.split()
 
 INTERACTIONS_DATA = {
+    "time_unit": "s",
     "title": "title",
     "query": {
         "history": {"type": "history", "of": "item_id", "max_items": 10},

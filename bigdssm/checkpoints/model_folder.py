@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +166,34 @@ def save_model_folder(
         write_json(unfinished / META_FILE, meta)
 
 
+def keep_model_folder(source: Path, folder: Path, config: Config, provenance: Mapping[str, Any]) -> None:
+    """Write the model folder `source` again as `folder`, which may be the same, with the files and the checksum it has.
+
+    config: of the stage that keeps these weights; its model section is that of `source`.
+    """
+    folder = real_path(folder)
+    meta = read_model_meta(source)
+    written = yaml.safe_load((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    content = {**config.to_dict(), "model": written.get("model")}
+    with new_folder(folder) as unfinished:
+        for name in meta["checksums"]:
+            target = unfinished / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(source / name, target)
+        (unfinished / CONFIG_FILE).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_json(unfinished / META_FILE, {**meta, "provenance": dict(provenance)})
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Return the names of the weights in a model folder, rows of sharded tables excepted."""
+    names: set[str] = set()
+    for file in (WEIGHTS_FILE, FROZEN_FILE):
+        if (folder / file).is_file():
+            with safe_open(folder / file, "pt") as content:
+                names.update(content.keys())
+    return names
+
+
 def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> ModelFolder:
     """Load the model in `folder` and verify its checksums.
 
@@ -274,6 +302,20 @@ def holds_weights(file: Path, weights: Mapping[str, Tensor]) -> bool:
 def is_model_folder(folder: Path) -> bool:
     """Return True if `folder` has the metadata file of a model folder."""
     return (folder / META_FILE).is_file()
+
+
+def model_folders(folder: Path) -> list[Path]:
+    """Return `folder` if it is a model folder, else the model folders in it by name, without the `best` of a stage."""
+    if is_model_folder(folder):
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{META_FILE}") if path.parent.name != BEST)
+
+
+def model_metas(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield `model_folders` with their metas, without damaged ones: another one may be complete."""
+    for path in model_folders(folder):
+        with suppress(CheckpointError):
+            yield path, read_model_meta(path)
 
 
 def _write_all_but_weights(
@@ -418,8 +460,10 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     state = read.weights()
     own = bool(Scorer.weights_in(state))
     documents: dict[str, Any] = {}  # in the provenance
-    if is_model_folder(stage_dir / BEST):  # contains schema and architecture: the dataset is not needed
-        folder = load_model_folder(stage_dir / BEST, scorer=None if own else scorer)
+    best = stage_dir / BEST
+    if is_model_folder(best) and _has_vocabularies(best, read_manifest(path).state["stream"]):
+        # contains schema and architecture: the dataset is not needed
+        folder = load_model_folder(best, scorer=None if own else scorer)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
         documents = {key: value for key, value in folder.provenance.items() if key == "documents"}
     elif not (stage_dir / CONFIG_FILE).is_file():
@@ -459,6 +503,12 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     provenance = {"stage": stage_dir.name, "checkpoint": path.name, **documents}
     checksum = model_checksum(model, config, schema, tokenizer_dir, provenance)
     return ModelFolder(model.eval(), config, schema, tokenizer_dir, provenance, checksum)
+
+
+def _has_vocabularies(folder: Path, stream: Mapping[str, Any]) -> bool:
+    """Return whether a model folder has the vocabularies of a checkpoint: a kept initial model may lack values."""
+    sizes = stream.get("vocabularies")
+    return sizes is None or Schema.load(folder).vocabulary_sizes() == sizes
 
 
 FOLDERS = (VOCABULARIES, TOKENIZER_DIR, TEXT_DIR, TABLES_DIR)

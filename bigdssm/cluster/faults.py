@@ -19,11 +19,10 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from bigdssm import distributed
-from bigdssm.cluster.launcher import parent_of
+from bigdssm.cluster.launcher import children_of, parent_of
 from bigdssm.errors import ConfigError
 from bigdssm.utils.log import get_logger
 
@@ -105,11 +104,10 @@ def _trigger(kind: str) -> None:
     numbers = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
     pid = os.getpid()
     if target == "loader":
-        threads = sorted(Path("/proc/self/task").glob("*/children"))  # any thread may be the parent of the loaders
-        children = [child for thread in threads for child in thread.read_text().split()]
-        if not children:
+        loaders = [loader for server in children_of(pid) for loader in children_of(server)]
+        if not loaders:
             raise ConfigError(f"{VARIABLE}: this rank has no loader process; set data.num_workers to at least 1")
-        pid = int(children[0])
+        pid = loaders[0]
     elif target == "launcher":
         pid = os.getppid()
     elif target == "runner":

@@ -99,6 +99,15 @@ def parent_of(pid: int) -> int | None:
     return int(fields[1]) if fields else None
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the pids of the child processes of a process on this machine, of any of its threads."""
+    pids: list[int] = []
+    for thread in sorted(Path(f"/proc/{pid}/task").glob("*/children")):
+        with suppress(OSError):  # the thread has ended
+            pids += map(int, thread.read_text().split())
+    return pids
+
+
 def state_of(pid: int) -> str | None:
     """Return the state letter of a process (R, S, D; T stopped, Z ended), None if there is no such process."""
     fields = _fields(pid)

@@ -12,11 +12,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageName, load_written_config
+from bigdssm.config.components import STAGES
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.utils.atomic import new_file
 from bigdssm.utils.log import MetricsWriter, metric_label, read_records, truncate_records
 
-STAGES: tuple[StageName, ...] = ("pretrain", "sft")
 METRICS_FILE, CONFIG_FILE = "metrics.jsonl", "config.yaml"
 
 

@@ -79,7 +79,7 @@ def read_run_state(run: Path) -> RunState:
     if holder is not None and is_locked(folder):
         state, ended = f"trains: pid {holder['pid']} on {holder['host']}, since {holder['started']}", False
     elif events and events[-1]["event"] == "end":
-        state = f"ended with exit code {events[-1]['exit_code']}: {events[-1]['reason']}"
+        state = f"ended with exit code {events[-1]['exit_code']}: {events[-1]['reason']}{_best_of(events[-1])}"
     else:
         state = "ended without an end record: killed, or its machine is gone; continue with --resume auto"
     records = read_stage(folder)
@@ -118,6 +118,15 @@ def read_run_state(run: Path) -> RunState:
         figures=figures,
         alerts=[alerts[step] for step in sorted(alerts)[-MAX_ALERTS:]],
     )
+
+
+def _best_of(end: dict[str, Any]) -> str:
+    """Format the part of an end record on best/; nothing without one."""
+    best = end.get("best")
+    if not best:
+        return ""
+    which = "the initial weights, unchanged" if best["initial"] else f"the weights of step {best['step']}"
+    return f"; best/ has {which} (model {best['model'][:12]}, selected on {best['queries']} queries)"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -47,6 +47,7 @@ class FolderLock:
         self._file: Any = None
         self._recording = threading.Lock()
         self._open = False  # locked, and no end recorded yet
+        self.result: dict[str, Any] = {}  # of a stage that finished; part of the end record
 
     def __enter__(self) -> "FolderLock":
         """Acquire the lock.
@@ -82,7 +83,8 @@ class FolderLock:
             if self._open:
                 self._open = False
                 try:
-                    _append_event(self._path.parent, {"event": "end", "exit_code": code, "reason": reason})
+                    result = self.result if code == 0 else {}
+                    _append_event(self._path.parent, {"event": "end", "exit_code": code, "reason": reason, **result})
                 except OSError as problem:  # not raised: it would hide the error that ended the run
                     logger.warning("could not record the end in %s: %s", self._path.parent / EVENTS_FILE, problem)
 

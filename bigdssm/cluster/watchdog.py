@@ -50,7 +50,7 @@ STOPPED = "stopped on request, ended without saving; --resume auto continues fro
 
 logger = get_logger(__name__)
 
-_collector_lock = threading.Lock()  # also held during a fork: a loader process must not inherit a disabled collector
+_collector_lock = threading.Lock()  # also held during a fork: the new process must not inherit a disabled collector
 os.register_at_fork(
     before=_collector_lock.acquire, after_in_parent=_collector_lock.release, after_in_child=_collector_lock.release
 )

@@ -21,7 +21,7 @@ GROUPS = {
         "config", "estimate", "pretrain", "list_candidates", "mine_negatives", "sample_negatives", "embed_teacher",
         "score_pairs", "sft", "tune", "seeds",
     ),
-    "Evaluate": ("evaluate", "report", "compare_runs", "plot_run"),
+    "Evaluate": ("evaluate", "report", "compare_runs", "compare_models", "plot_run"),
     "Search and serve": ("convert_checkpoint", "embed", "build_index", "publish", "search", "recommend", "serve"),
     "Operate": ("watch_run", "stop_run", "replay", "forget"),
 }  # fmt: skip

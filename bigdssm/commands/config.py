@@ -15,8 +15,8 @@ import json
 import yaml
 
 from bigdssm.cli import command, one_of, option
-from bigdssm.cluster.metrics import STAGES
 from bigdssm.config import load_config
+from bigdssm.config.components import STAGES
 from bigdssm.config.schema import config_schema
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError

@@ -15,6 +15,7 @@ those of EARLIER unless given.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +27,7 @@ from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.retrieval.vectors import (
     Dtype,
     FileFormat,
+    VectorsReport,
     check_formats,
     difference_from_model,
     formats_in,
@@ -61,18 +63,38 @@ from bigdssm.utils.log import ProgressBar
 )
 def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    earlier = None if args.since is None else read_meta(args.since)
-    dtype: Dtype = args.dtype or (earlier.dtype if earlier else "float32")
-    formats = args.format or ([] if earlier is None else formats_in(args.since))
+    with ProgressBar() as progress:
+        work = Share.from_launcher(args.rows_per_shard, progress)
+        written, parity = embed(
+            args.model, args.data, args.out, work, since=args.since, width=args.width, dtype=args.dtype,
+            formats=args.format, overwrite=args.overwrite,
+        )  # fmt: skip
+    resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
+    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
+    if written.meta is not None:  # the last rank to finish writes the other files
+        print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {written.meta.dtype}")
+        for target, difference in parity.items():
+            print(f"{args.out}/vectors.{target}: largest difference from the model's vectors {difference:.1e}")
+
+
+def embed(
+    model_dir: Path, data: str, out: Path, work: Share, *, since: Path | None = None, width: int | None = None,
+    dtype: Dtype | None = None, formats: Sequence[FileFormat] | None = None, overwrite: bool = False,
+) -> tuple[VectorsReport, dict[FileFormat, float]]:  # fmt: skip
+    """Write a vectors folder; return the report, and the largest difference from the model's vectors by format."""
+    earlier = None if since is None else read_meta(since)
+    dtype = dtype or (earlier.dtype if earlier else "float32")
+    if formats is None:
+        formats = [] if since is None else formats_in(since)
     check_formats(dtype, formats)
-    if args.width is None and earlier is not None and earlier.whole:
-        args.width = earlier.width - earlier.has_beta
-    folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
-    dataset = folder.view(dataset)
-    encoders, model = tower_encoders(folder.model, dataset), folder.config.model
-    if args.width is not None:
-        check_width("--width", args.width, model.dim)
-        encoders = truncate_encoders(encoders, args.width, model.score == "cosine")
+    if width is None and earlier is not None and earlier.whole:
+        width = earlier.width - earlier.has_beta
+    folder = load_model_folder(model_dir)
+    dataset, model = folder.view(Dataset.open(data)), folder.config.model
+    encoders = tower_encoders(folder.model, dataset)
+    if width is not None:
+        check_width("--width", width, model.dim)
+        encoders = truncate_encoders(encoders, width, model.score == "cosine")
     parity: dict[FileFormat, float] = {}
 
     def write_files(temporary: Path) -> None:
@@ -80,28 +102,12 @@ def main(args: argparse.Namespace) -> None:
             parity[target] = difference_from_model(write_file(temporary, target), encoders)
         write_card(temporary, model.score, parity)
 
-    with ProgressBar() as progress:
-        work = Share.from_launcher(args.rows_per_shard, progress)
-        full_width = 0 if args.width in (None, model.dim) else model.dim + encoders.has_beta
-        written = write_vectors(
-            args.out,
-            encoders,
-            dataset,
-            folder.doc_checksum,
-            work,
-            args.since,
-            full_width=full_width,
-            score=model.score,
-            dtype=dtype,
-            complete=write_files,
-            overwrite=args.overwrite,
-        )
-    resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
-    print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
-    if written.meta is not None:  # the last rank to finish writes the other files
-        print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {dtype}")
-        for target, difference in parity.items():
-            print(f"{args.out}/vectors.{target}: largest difference from the model's vectors {difference:.1e}")
+    full_width = 0 if width in (None, model.dim) else model.dim + encoders.has_beta
+    report = write_vectors(
+        out, encoders, dataset, folder.doc_checksum, work, since, full_width=full_width, score=model.score,
+        dtype=dtype, complete=write_files, overwrite=overwrite,
+    )  # fmt: skip
+    return report, parity
 
 
 if __name__ == "__main__":

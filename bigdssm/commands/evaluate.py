@@ -45,6 +45,7 @@ from bigdssm.evaluation.comparison import (
     distinct_names,
     load_system,
     model_system,
+    options_of,
     save_comparison,
     slice_tables,
     table,
@@ -67,7 +68,7 @@ BEIR_OPTIONS = (
     option("--model", type=Path, help="model folder"),
     option("--data", help="dataset folder or URL"),
     option("--split", default="test", help="split of the dataset or collection (default: %(default)s)"),
-    option("--baselines", action="store_true", help="also evaluate popularity and Markov chains"),
+    option("--baselines", action="store_true", help="also evaluate popularity and chains of the last items"),
     option(
         "--compare",
         type=Path,
@@ -185,7 +186,7 @@ def _evaluate_split(args: argparse.Namespace) -> None:
     unit = "distinct queries" if dataset.sequences is None else "users"
     for slice_table in slice_tables([model, *others], slices, unit):
         console.print(slice_table)
-    notes = []
+    notes = options_of(others)
     coverages = [f"{system.name} {system.coverage:.3f}" for system in (model, *others) if system.coverage is not None]
     if coverages:
         notes.append(f"coverage of the top {TOP}: {', '.join(coverages)}")

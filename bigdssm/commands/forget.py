@@ -7,7 +7,8 @@
 Rows become empty in place: orders, numbers and fingerprints stay, so training, resumes and search go on. A forgotten
 user is an unknown user, a forgotten item is no answer; events of other users with it stay. Give every folder that was
 made from the dataset: stage folders lose the checkpoints that may contain the ids, and indexes are built again.
-Collections of stores hold documents, so that only items leave them. Stop trainings first. If the command was killed,
+Collections of stores hold documents, so that only items leave them: by default those collections that were published
+from this dataset, in any of its states; the report names the others. Stop trainings first. If the command was killed,
 start it again. The report has the checksum of every changed file and collection, and what cannot be reached; it has no
 ids.
 """
@@ -26,6 +27,7 @@ from bigdssm.cluster.run_folder import is_locked
 from bigdssm.config import StageName, load_written_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
+from bigdssm.dataset.stamps import read_stamps
 from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError
 from bigdssm.ingest.forgetting import Forgotten, forget
 from bigdssm.retrieval.forgetting import (
@@ -78,7 +80,7 @@ NOT_REACHED = (
         action="extend",
         default=[],
         metavar="NAME",
-        help="collections of these stores (default: all of them)",
+        help="collections of these stores (default: all that were published from this dataset)",
     ),
     option(
         "--cache",
@@ -117,7 +119,15 @@ def main(args: argparse.Namespace) -> None:
             forget_in_vectors(folder, forgotten.documents, dataset, changes)
         for folder, vectors in indexes:
             forget_in_index(folder, vectors, forgotten.documents, dataset, changes)
+        own = {dataset.fingerprint, *read_stamps(dataset.dir)}  # states of this folder
         for url, store, name in collections:
+            source = store.collections()[name].dataset
+            if not args.collection and source not in own:
+                left.append(
+                    f"collection {name} at {url}: published from another dataset, {source[:12]}; give it as "
+                    "--collection if it has these items"
+                )
+                continue
             record, of_collection = forget_in_collection(store, name, users, items, dry_run=args.dry_run)
             stored.append({"store": url, **record})
             left += [line for line in of_collection if line not in left]

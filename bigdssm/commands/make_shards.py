@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from bigdssm.cli import Declaration, add_options, command_parser, option, refuse_options, run_main
 from bigdssm.errors import ConfigError
+from bigdssm.features.times import DeclaredUnit
 from bigdssm.ingest.api import EngineName, make_dataset
 from bigdssm.sources.opening import SPARK_PREFIX
 from bigdssm.utils.log import ProgressBar
@@ -75,6 +76,12 @@ COMMON_OPTIONS = (
         "--spark-conf", metavar="K=V", action="append", default=[], help="Spark setting; repeatable (default: none)"
     ),
 )
+TIME_UNIT = option(
+    "--time-unit",
+    choices=get_args(DeclaredUnit),
+    help="unit of the numbers in columns of times, since 1970 (default: data.time_unit; auto: the one in which all are "
+    "dates of 1975 to 2100); with --append, that of the dataset",
+)
 PAIR_OPTIONS = (
     option("--doc-id-column", help="column of document ids (default: hash of all document features)"),
     option("--query-id-column", help="column of query ids (default: hash of all query features)"),
@@ -87,6 +94,7 @@ PAIR_OPTIONS = (
         "--time-column",
         help="--split time: column of times; the newest rows form the test split, the rows before them validation",
     ),
+    TIME_UNIT,
     option("--split-column", help="column whose values are train, validation, test or none, for --split column"),
     option("--whole-documents", action="store_true", help="--split random: rows of one document also share a split"),
     option("--each-of", metavar="COLUMN", help="a list column to explode: one row per value"),
@@ -129,6 +137,7 @@ INTERACTION_OPTIONS = (
         help="column of users with the time from which a row is valid: a dataset row uses the latest one that is not "
         "newer than its first target",
     ),
+    TIME_UNIT,
     option("--rating-column", help="column of relevances (default: every relevance is 1)"),
     option("--min-rating", type=float, help="drop events with a lower rating (default: keep all)"),
     option(
@@ -145,6 +154,7 @@ ITEM_OPTIONS = (
     option("--withdrawn", type=_table, help="table with the ids of items that are no longer offered"),
     option("--item-column", default="item_id", help="column of item ids (default: %(default)s)"),
     option("--items-time-column", help="column of items with the time from which a row is valid"),
+    TIME_UNIT,
 )
 PAIR_TABLES = option(
     "--pairs",

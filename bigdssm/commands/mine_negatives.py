@@ -20,6 +20,7 @@ from bigdssm.cli import DATA, OVERWRITE, check_file_to_write, command, option
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, tower_encoders
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
             exclude_seen=folder.config.data.exclude_seen,
+            negatives=NegativeDocuments.of(dataset, folder.config.model.tables.id_dropout),
         )  # fmt: skip
         if not distributed.any_rank(bool((local["window"] >= 0).any())):
             within = "" if args.margin is None else f" and --margin {args.margin}"

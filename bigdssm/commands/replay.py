@@ -4,8 +4,9 @@
 
 FOLDER is that of bigdssm serve --log-requests. A request is computed with the events of its user up to the logged time.
 It differs if a feature, a document, the order or a score does. The report has the share of requests that differ by
-feature, the overlap of the answers, the largest difference of scores, and examples. The exit code is 3 if more than the
-share --limit of the requests differ.
+feature, the overlap of the answers, the largest difference of scores, and examples. MODEL may be a folder of model
+folders: a request is computed with the model that answered it, if a collection of the store has its vectors. The exit
+code is 3 if more than the share --limit of the requests differ.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from bigdssm.commands.search import RERANK_HELP
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.serving.replay import replay
 from bigdssm.serving.request_log import read_log
-from bigdssm.serving.searcher import Searcher
+from bigdssm.serving.searcher import Folders
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar
 
@@ -42,9 +43,12 @@ def main(args: argparse.Namespace) -> None:
     check_file_to_write("--out", args.out, "replay", overwrite=args.overwrite)
     if not 0 <= args.limit <= 1:
         raise ConfigError(f"--limit {args.limit}: needs a share from 0 to 1")
-    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
+    folders = Folders(args.model, args.index, args.data, rerank=args.rerank)
     with ProgressBar() as progress:
-        report = replay(searcher, read_log(args.log), lambda done: progress("requests replayed", done, None))
+        report = replay(
+            folders.open(), read_log(args.log), lambda done: progress("requests replayed", done, None),
+            folders.open_model,
+        )  # fmt: skip
     if args.out is not None:
         write_json(args.out, report)
     print(json.dumps({name: value for name, value in report.items() if name != "examples"}, indent=1))

@@ -87,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
     if newest := searcher.seen(query):
         more = f" and {len(query.seen) - len(newest)} earlier" if len(query.seen) > len(newest) else ""
         console.print(f"history, newest first: {'; '.join(newest)}{more}", soft_wrap=True)
+    if query.unknown_user and request.user is not None:
+        console.print(f"skipped: {searcher.queries.unknown_user_message(request.user)}", soft_wrap=True)
     for item in query.unknown:
         console.print(f"skipped: {searcher.queries.unknown_item_message(item)}", soft_wrap=True)
     for key in query.unknown_excluded:

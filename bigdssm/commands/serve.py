@@ -9,7 +9,8 @@ batch; the responses to the last --cache queries are cached. --workers N runs N 
 index. --second serves a second model for comparison, under /second/api and on the page. If the model and index folders
 are replaced, the server loads the new ones within --poll-s seconds without dropping a request. With a vector store it
 follows the alias `live` (URL#NAME: another alias or a collection) and opens the model of the collection among those in
-the folder MODELS; --vectors adds POST /api/vector, the vector of a query. By default it accepts connections from this
+the folder MODELS; --vectors adds POST /api/vector, the vector of a query, and --list-users GET /api/users, the ids of
+the first users, which the page suggests. By default it accepts connections from this
 machine only (--host), without authentication. The Host header must be localhost, the value of --host, or a name in
 --allow-host, for example that of a proxy. SIGTERM and Ctrl-C stop it within --timeout-s seconds. --data is required if
 queries have users, histories or filters and the dataset has been moved since training.
@@ -57,6 +58,7 @@ from bigdssm.utils.log import setup_logging
         help="interval of checks for a replaced model or index (default: %(default)s)",
     ),
     option("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query"),
+    option("--list-users", action="store_true", help="enable GET /api/users, user ids that the page suggests"),
     option("--log-requests", type=Path, metavar="FOLDER", help="write searches and their answers to Parquet files"),
     option(
         "--log-days",
@@ -129,7 +131,7 @@ def _serve(
     app = make_app(
         searcher, cache_size=args.cache, max_batch=args.max_batch, hosts=(args.host, *args.allow_host), folders=folders,
         poll_s=args.poll_s, second=second, second_folders=second_folders, has_vectors=args.vectors,
-        log_folder=args.log_requests, log_days=args.log_days,
+        has_users=args.list_users, log_folder=args.log_requests, log_days=args.log_days,
     )  # fmt: skip
     ready()
     run(app, listening, args.timeout_s)

@@ -75,6 +75,7 @@ def check_config(config: Config) -> None:
         require(name not in data.doc, f"data.filter.{name}", "the name of a feature of data.doc", "another name")
     times = [f"data.event.{name}" for name, feature in data.event.items() if isinstance(feature, Timestamp)]
     by_time, unknown = model.query.history.times, sorted(set(data.request) - set(data.event))
+    repeated = sorted({name for name in data.request if data.request.count(name) > 1})
     has_splits = data.targets is None or (isinstance(data.targets, dict) and set(data.targets) <= set(SPLITS))
     require_all(
         (not (data.filter and data.siamese), "data.filter", list(data.filter), "none with data.siamese=true"),
@@ -84,6 +85,7 @@ def check_config(config: Config) -> None:
             by_time == "none" or bool(times), "model.query.history.times", by_time,
             "a feature of data.event of type timestamp",
         ),
+        (not repeated, "data.request", f"{', '.join(repeated)} more than once", "each feature once"),
         (not unknown, "data.request", ", ".join(unknown), f"features of data.event, of {list(data.event)}"),
         (not data.request or "request" not in data.query, "data.query", "a feature named request", "another name"),
         (bool(data.request) or data.ties == "exclude", "data.ties", data.ties, "exclude without data.request"),
@@ -97,8 +99,10 @@ def check_config(config: Config) -> None:
         require(isinstance(text, str), key, text, f"{others}a condition, as in action = purchase")
         check_features(parse_filter(text, key), data.event, f"{key} {text!r}")
     visit, sessions = data.visit, [name for name, feature in data.event.items() if not feature.is_input]
+    if visit.funnel:
+        _check_funnel(data)
     if visit.is_set:
-        given = {key: value for key, value in vars(visit).items() if value is not None}
+        given = {key: value for key in ("feature", "gap_s") if (value := getattr(visit, key)) is not None}
         require_all(
             (len(given) == 1, "data.visit", given, "feature or gap_s, not both"),
             (
@@ -134,6 +138,26 @@ def check_config(config: Config) -> None:
         require(
             is_allowed, "model.beta", "scalar", "document or none: a scalar beta has an effect only in sigmoid losses"
         )
+
+
+def _check_funnel(data: DataConfig) -> None:
+    """Raise ConfigError if data.visit.funnel does not name the steps of one feature of events."""
+    key, funnel = "data.visit.funnel", data.visit.funnel
+    features = {name: f for name, f in categorical_of(data.event).items() if not (f.multi or f.hash_buckets)}
+    name = data.visit.action
+    steps = funnel[name] if name is not None else ()
+    require_all(
+        (data.visit.is_set, key, funnel, "visits: set data.visit.gap_s or data.visit.feature, too"),
+        (len(funnel) == 1, key, f"{len(funnel)} features, {', '.join(funnel)}", "one"),
+        (
+            name in features, key, name,
+            f"a categorical feature of data.event, without hash_buckets, of {list(features)}",
+        ),
+        (
+            len(steps) > 0 and len(set(steps)) == len(steps), f"{key}.{name}", list(steps),
+            "at least one value, and each once, from the first step to the last",
+        ),
+    )  # fmt: skip
 
 
 def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
@@ -212,6 +236,11 @@ def _check_stage(name: StageName, config: Config) -> None:
         (is_trained or data.webdataset is None, "data.webdataset", data.webdataset, f"null {fixed}"),
         (is_trained or not model.share_text, "model.share_text", model.share_text, f"false {fixed}"),
         (is_trained or stage.scorer is None, f"{name}.scorer", stage.scorer, f"null {fixed}"),
+        (
+            not stage.refresh_contents_every_steps or model.query.history.items != "id",
+            f"{name}.refresh_contents_every_steps", stage.refresh_contents_every_steps,
+            "0 with model.query.history.items=id: histories read no contents",
+        ),
         (fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim"),
         (has_norms, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1"),
         (

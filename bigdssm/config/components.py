@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 StageName = Literal["pretrain", "sft"]
+STAGES: tuple[StageName, ...] = ("pretrain", "sft")
 NEW_WEIGHTS_LR, PRETRAINED_LR = 1e-3, 5e-5  # defaults of learning rates
 MAX_WIDTH, MAX_ROWS, MAX_COUNT = 2**14, 2**20, 10**9  # limits of vector widths, rows per step, and other counts
 
@@ -179,6 +180,9 @@ class OptimizerConfig(Component):
     weight_decay: float = bounded(0.01, 0, 10)  # matrices only: not biases, norms, tables, alpha
     warmup_steps: int = bounded(100, 0, MAX_COUNT)  # limited to half of the stage's steps
     final_lr_ratio: float = bounded(0.0, 0, 1000)
+    # Factor of this rate, and of `table_optimizer.lr`, where a stage continues a model of its kind on newer partitions
+    # of the dataset. An `lr` on the command line is the rate itself: this factor is then 1.
+    continue_lr_ratio: float = bounded(0.1, 0, 1000, resume="segment")
     gradient_clipping: float = bounded(1.0, 0, MAX_COUNT)  # 0: off
 
     @property

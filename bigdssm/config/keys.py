@@ -31,6 +31,7 @@ from bigdssm.config.components import (
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, texts_of
 from bigdssm.features.base import FEATURES
+from bigdssm.features.times import DeclaredUnit
 from bigdssm.utils.components import MISSING, RESUME, Component, Registry, bounded, component, named_components
 
 if TYPE_CHECKING:
@@ -67,11 +68,20 @@ class VisitConfig:
 
     feature: str | None = None  # feature of data.event of type session; none: by gaps
     gap_s: float | None = bounded(None, at_most=MAX_COUNT, above=0)  # maximum seconds between two events of a visit
+    # One target per user, document and visit, at its first event, with the furthest action of the visit as the wanted
+    # action: a categorical feature of data.event with its values from the first step to the last, such as
+    # {action: [view, cart, purchase]}.
+    funnel: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def is_set(self) -> bool:
         """Return whether there are visits."""
         return self.feature is not None or self.gap_s is not None
+
+    @property
+    def action(self) -> str | None:
+        """Return the feature of events with the steps of the funnel; None without a funnel."""
+        return next(iter(self.funnel), None)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,9 @@ class DataConfig:
     request: tuple[str, ...] = ()
     # With `request`: events at the time of a target are no history of it, or those before it in the table are (order).
     ties: Literal["exclude", "order"] = "exclude"
+    # Unit of the numbers in columns of times, since 1970; auto: the one in which all are dates of 1975 to 2100. It is
+    # recorded in the dataset, and an append has the same.
+    time_unit: DeclaredUnit = field(default="auto", metadata={RESUME: "may"})
     title: str | None = None  # column of the document table with display titles; by default the document id
     # Queries are documents: both sides declare the same features, from separate columns; one tower (model.doc) encodes
     # both; a query has its document's id and never returns itself; a pair applies in both directions.
@@ -225,7 +238,7 @@ class HistoryEncoderConfig(Component):
     item_scale: bool = False  # item vectors times the square root of their width, as in SASRec
     # What an item is to a history: the vector of its id; a linear map of its content, which is the document tower's
     # vector for it with an unknown id; or the sum of both. Contents have no gradient; they are computed for the whole
-    # catalogue once per epoch, or every negatives.refresh_every_steps.
+    # catalogue every STAGE.refresh_contents_every_steps.
     items: Literal["id", "content", "both"] = "id"
 
     @property
@@ -298,13 +311,18 @@ class ModelConfig:
     score: Literal["dot", "cosine"] = "cosine"
     alpha_init: float = bounded(10.0, at_most=10_000, above=0)
     alpha_learned: bool = True
-    # Bias in the score: learned per document; a scalar, which only the loss `sigmoid` can learn; or none.
-    beta: Literal["document", "scalar", "none"] = "document"
+    # Bias in the score: learned per document; a scalar, which only the loss `sigmoid` can learn; or none. auto: none if
+    # the score is the cosine, else document.
+    beta: Literal["auto", "document", "scalar", "none"] = "auto"
     beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (as in SigLIP)
     share_text: bool = False  # one text encoder for both towers
     tables: TablesConfig = field(default_factory=TablesConfig)
     query: TowerConfig = field(default_factory=TowerConfig)
     doc: TowerConfig = field(default_factory=TowerConfig)
+
+    def __post_init__(self) -> None:
+        if self.beta == "auto":  # a written config has the value itself
+            object.__setattr__(self, "beta", "none" if self.score == "cosine" else "document")
 
     def tower(self, side: str) -> TowerConfig:
         """Return the keys of the tower that encodes a side of the schema; events are encoded by the query's."""
@@ -415,6 +433,9 @@ class StageConfig:
     init: str | None = None
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    # With model.query.history.items content or both: the contents of all items are computed again every so many steps;
+    # 0: ten times per epoch, or in the stage if it is shorter.
+    refresh_contents_every_steps: int = bounded(0, 0, MAX_COUNT)
     validate_every_steps: int = bounded(0, 0, MAX_COUNT, resume="may")  # 0: once, at the end
     # The registered validation metric, larger is better: best/ is the latest validation within a standard error of the
     # highest, and leaves trained initial weights only for a gain beyond it. Patience and tuning use it, too.

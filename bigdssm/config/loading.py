@@ -1,5 +1,6 @@
 """Read YAML files and `key=value` overrides into a Config or another dataclass, and compare two configs."""
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bigdssm.config.checks import check_config
+from bigdssm.config.components import STAGES
 from bigdssm.config.keys import Config
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
@@ -36,9 +38,9 @@ def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Con
     return config_from(Path("Config"), content)
 
 
-def config_from(source: Path, *contents: Any) -> Config:
-    """Return the validated Config of plain containers, later ones over earlier. Raises ConfigError with `source`."""
-    config = to_dataclass(source, Config, *contents)
+def config_from(source: Path, content: Any) -> Config:
+    """Return the validated Config of a plain container. Raises ConfigError with `source`."""
+    config = to_dataclass(source, Config, content)
     check_config(config)
     return config
 
@@ -60,7 +62,27 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
-    return to_dataclass(path, Config, content, changes_of(overrides, Config, content))
+    changed = overridden(content, overrides, Config)
+    changes = _parsed(overrides)
+    for stage in STAGES:  # a rate on the command line is that of this command, also where it continues a model
+        ratio = f"{stage}.optimizer.continue_lr_ratio"
+        if _is_in(changes, f"{stage}.optimizer.lr") and not _is_in(changes, ratio):
+            OmegaConf.update(changed, ratio, 1.0)
+    return to_dataclass(path, Config, changed)
+
+
+def _parsed(overrides: Sequence[str]) -> list[DictConfig]:
+    """Return the content of each override that is YAML."""
+    contents = []
+    for override in overrides:
+        with suppress(*NO_VALUE):
+            contents.append(OmegaConf.from_dotlist([override]))
+    return contents
+
+
+def _is_in(contents: Sequence[DictConfig], key: str) -> bool:
+    """Return whether one of the contents has a value of `key`."""
+    return any(OmegaConf.select(content, key, throw_on_resolution_failure=False) is not None for content in contents)
 
 
 def load_written_config(path: Path) -> Config:
@@ -73,37 +95,48 @@ def load_written_config(path: Path) -> Config:
 
 def options_of(overrides: Sequence[str], kind: type) -> dict[str, Any]:
     """Return the `key=value` options of a component of the class `kind`. Raises ConfigError."""
-    return cast(dict[str, Any], OmegaConf.to_container(changes_of(overrides, kind, OmegaConf.create({}))))
+    return cast(dict[str, Any], OmegaConf.to_container(overridden(OmegaConf.create({}), overrides, kind)))
 
 
-def changes_of(overrides: Sequence[str], kind: type, content: DictConfig) -> DictConfig:
-    """Return `key=value` overrides of a file's `content` as a container; `kind` is its dataclass. Raises ConfigError.
+def overridden(content: DictConfig, overrides: Sequence[str], kind: type) -> DictConfig:
+    """Return `content` with `key=value` overrides, one after the other; `kind` is its dataclass. Raises ConfigError.
 
     The value of a field of type str is the rest of the word, unless it is empty, null or in quotes; others are YAML
-    without comments. Mappings are merged; `key={}` empties that of `content`, in place, and of earlier overrides.
+    without comments. See `_merged` for mappings; `key[0]` is an element of a list.
     """
-    changes, given = OmegaConf.create({}), [content]
     for override in overrides:
         if not re.match(r"\w[^\[\]=]*(\[\d+\][^\[\]=]*)*=", override):
             raise ConfigError(f"override {override!r} is not of the form key=value, for example pretrain.steps=100")
-        with suppress(*NO_VALUE):
-            given.append(OmegaConf.from_dotlist([override]))
+    selecting = [content, *_parsed(overrides)]  # an override may precede the one that selects its component
     for override in overrides:
         key, _, value = override.partition("=")
         is_yaml = value.strip()[:1] in "'\"" or value.strip().lower() in ("null", "~", "???")
+        change = OmegaConf.create({})
         try:
-            if is_yaml or not _is_text(kind, key, given):
-                _check_value(override, value)
-                if yaml.safe_load(value) == {}:
-                    for before in (content, changes):
-                        if isinstance(OmegaConf.select(before, key, throw_on_resolution_failure=False), DictConfig):
-                            OmegaConf.update(before, key, {}, merge=False)
-                changes.merge_with_dotlist([override])
+            if not is_yaml and _is_text(kind, key, selecting):
+                OmegaConf.update(change, key, value)
             else:
-                OmegaConf.update(changes, key, value)
+                _check_value(override, value)
+                change = OmegaConf.from_dotlist([override])
+            if "[" in key:
+                content = copy.deepcopy(content)
+                content.merge_with_dotlist([override])
+            else:
+                content = _merged(kind, content, change)
         except NO_VALUE as error:
             raise ConfigError(f"override {override!r} has no YAML value: {' '.join(str(error).split())}") from None
-    return changes
+    return content
+
+
+def _merged(kind: Any, given: DictConfig, later: DictConfig) -> DictConfig:
+    """Merge `later` over `given`, contents of the dataclass `kind`: mappings key by key; other values replace.
+
+    An empty mapping also replaces, at any depth. If `later` selects another component by name, the keys that it lacks
+    are removed.
+    """
+    retained, changes = OmegaConf.to_container(given), OmegaConf.to_container(later)
+    _remove_replaced(kind, retained, changes)
+    return cast(DictConfig, OmegaConf.merge(retained, changes))
 
 
 def _check_value(override: str, value: str) -> None:
@@ -133,14 +166,10 @@ def read_yaml(path: Path, needs: str) -> DictConfig:
     return content
 
 
-def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
-    """Merge `contents`, later ones over earlier, into the dataclass `kind`. Raises ConfigError that names the key."""
+def to_dataclass(path: Path, kind: type[Kind], content: Any) -> Kind:
+    """Read `content` into the dataclass `kind`. Raises ConfigError that names the key."""
     try:
-        given: Any = {}
-        for content in contents:
-            later = OmegaConf.to_container(OmegaConf.create(content))
-            _remove_replaced(kind, given, later)
-            given = OmegaConf.to_container(OmegaConf.merge(given, later))
+        given = cast(dict[Any, Any], OmegaConf.to_container(OmegaConf.create(content)))
         # Interpolations may name keys that have their defaults.
         complete = OmegaConf.create(_with_defaults(kind, given))
         return read_fields(kind, "", OmegaConf.to_container(complete, resolve=True))
@@ -151,14 +180,11 @@ def to_dataclass(path: Path, kind: type[Kind], *contents: Any) -> Kind:
 
 
 def _remove_replaced(kind: Any, given: Any, later: Any) -> None:
-    """Remove values of `given` that `later` replaces: a list by a mapping or the reverse, keys of other components.
-
-    If `later` selects another component by name, the keys that this one lacks are removed.
-    """
+    """Remove the values of `given` that are not merged with those of `later`; see `_merged`."""
     declared = {f.name: f for f in fields(kind)} if kind is not None else {}
     for key, block in later.items():
         before, field = given.get(key), declared.get(key)
-        if isinstance(before, list) != isinstance(block, list):
+        if block == {} or isinstance(before, list) != isinstance(block, list):
             given.pop(key, None)
         elif isinstance(before, dict) and isinstance(block, dict):
             registry = None if field is None else field.metadata.get(REGISTRY)

@@ -134,7 +134,7 @@ def read_block(index: SplitIndex, block: int, layout: BlockLayout) -> tuple[pa.R
         usable = np.setdiff1d(np.arange(rows), list(bad))
         columns = [batch.column(batch.schema.get_field_index(n)).to_numpy()[usable] for n in SEGMENT_COLUMNS]
         sequence, first, end = (column.astype(np.int64) for column in columns)
-        targets = Targets.of(layout.sequences[partition], sequence, first, end, index.target_mask(partition))
+        targets = Targets.of(layout.sequences[partition], sequence, first, end, index.target_events(partition))
         good = targets.valid(layout.num_docs[partition])
         num_usable = np.bincount(targets.row[good], minlength=len(usable))
         for target, reason in [] if good.all() else targets.faults(layout.num_docs[partition]):

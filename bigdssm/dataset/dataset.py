@@ -31,11 +31,14 @@ from bigdssm.dataset.catalogue import (
     withdrawn_documents,
 )
 from bigdssm.dataset.partition import (
+    CUT_OFFS,
+    PARTITION_CUT_OFFS,
     Extent,
     MixtureBatches,
     MixturePart,
     Partition,
     SplitIndex,
+    dataset_fingerprint,
     read_dataset_json,
     read_index,
     read_partition,
@@ -50,16 +53,18 @@ from bigdssm.dataset.rows import (
     EventRules,
     EventSlices,
     Rows,
+    TargetEvents,
     Targets,
 )
 from bigdssm.dataset.schema import Schema
+from bigdssm.dataset.stamps import read_stamps
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import EventTime, Feature, History, TextTokenizer, item_codes, ragged
 from bigdssm.features.base import ITEM_ROW, OUT_OF_VOCABULARY, PADDING
 from bigdssm.features.categorical import categorical_of
-from bigdssm.features.columns import merged_units, unit_of_times
 from bigdssm.features.conditions import matching_events
 from bigdssm.features.ragged import Column, Ragged, from_arrow, offsets_of
+from bigdssm.features.times import TimeRule
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.log import get_logger
 from bigdssm.utils.urls import is_url
@@ -79,13 +84,24 @@ class DatasetHeader:
     text: str = "tokens"  # encoding of texts in blocks; "raw": untokenized
     users: str = "sequences"  # where training reads user features; "rows": from blocks, as of each row
     items: str = "partitions"  # item versions are selected by partition; "events": by the time of each event
-    times: Mapping[str, Any] = field(default_factory=lambda: merged_units([]))  # of events: see `TimeUnits.facts`
+    times: Mapping[str, Any] = field(default_factory=dict)  # their unit, and the oldest and the newest time
     split: Mapping[str, Any] = field(default_factory=dict)  # how the splits were made, and the cut-off times
 
     @property
     def time_unit(self) -> float:
         """The unit of the times of events, in seconds."""
-        return unit_of_times(self.times)
+        return 1 / self.time_rule.per_second
+
+    @property
+    def time_rule(self) -> TimeRule:
+        """The rule by which numbers are times of events."""
+        return TimeRule.of_dataset(self.times)
+
+    @property
+    def cut_offs(self) -> tuple[float, ...]:
+        """The times at which the splits of the first partition start, ascending; none unless they are by time."""
+        times = [self.split.get(name) for name in CUT_OFFS]
+        return tuple(sorted(time for time in times if time is not None))
 
     @property
     def dated(self) -> bool:
@@ -108,6 +124,8 @@ class Dataset:
         self.header, self.partitions, self.catalogue_files = header, partitions, tuple(files)
         self.withdrawals, self.item_partitions = tuple(withdrawals), tuple(item_partitions)
         self.extents = tuple(extents)  # of its sources
+        # folders of the partitions whose events decide when an item is available: with `open`, also those not opened
+        self.event_folders = tuple(partition.folder for partition in partitions)
         self.dir, self.name, self.schema = header.dir, header.name, header.schema.inputs
         self.tokenizer_dir: Path | None = header.dir / "tokenizer" if header.schema.has_text else None
         self.vocab_size, self.tokenizer_hash = 0, ""
@@ -206,6 +224,10 @@ class Dataset:
         )  # fmt: skip
         options = {name: content[name] for name in ("text", "users", "items", "times", "split") if name in content}
         header = DatasetHeader(folder, content["name"], schema, **options)
+        row_partitions = [
+            replace(partition, cut_offs=tuple(partition.content.get(PARTITION_CUT_OFFS, header.cut_offs)))
+            for partition in row_partitions
+        ]
         dataset = cls(
             header,
             row_partitions,
@@ -214,6 +236,9 @@ class Dataset:
             item_partitions,
             [extent],
         )
+        if remote is None or header.dated:  # a remote dataset without times of items has the files of `names` alone
+            with_events = [name for name in partition_names if name not in item_partition_names]
+            dataset.event_folders = tuple(folder / "partitions" / name for name in with_events)
         cache = None if remote is None else remote.cache
         dataset.pickled = partial(cls.open, cache=cache, extent=extent), (remote.url if remote else folder, names)
         return dataset
@@ -242,6 +267,8 @@ class Dataset:
             conditions["data.exclude_seen"] = rules.exclude_seen
         for key, text in conditions.items():
             matching_events(text, key, self.schema.event, lambda name: np.zeros(0, np.int32))
+        if rules.visit.funnel:
+            rules.steps(self.schema, np.zeros(0, np.int32))
         return self._view(rules=rules, _indexes={}, _counts={})
 
     def with_schema(self, schema: Schema) -> Dataset:
@@ -281,12 +308,14 @@ class Dataset:
         if filled:
             newest = max(filled, key=lambda part: part.number)
             shared = self.catalogue_files, self.withdrawals, self.item_partitions, self.extents
-            return Dataset(self.header, [newest], *shared).with_rules(self.rules).with_schema(self.schema)
+            part = Dataset(self.header, [newest], *shared)
+            part.event_folders = self.event_folders
+            return part.with_rules(self.rules).with_schema(self.schema)
         names = [p.folder.name for p in self.partitions_on_disk() if p.content["splits"].get(split)]
         for name in [] if self.sources else reversed(names):
             assert self.whole.pickled is not None
             reopen, (where, *_) = self.whole.pickled
-            part: Dataset = reopen(where, [name]).with_rules(self.rules)
+            part = reopen(where, [name]).with_rules(self.rules)
             if part.num_rows(split):
                 return part.with_schema(self.schema)
         return self
@@ -300,8 +329,13 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of the schema, the tokenizer, and the partitions' rows and documents."""
         parts = [*self.partitions, *self.item_partitions]
-        identities = [self.header.schema.fingerprint(), self.tokenizer_hash, *(p.name + p.identity for p in parts)]
-        return short_hash("\n".join(identities).encode())
+        return dataset_fingerprint(self.header.schema.fingerprint(), self.tokenizer_hash, parts)
+
+    @cached_property
+    def stamp(self) -> int:
+        """The stamp of this state of the folder; of one without, such as a mixture, the number of partitions."""
+        without = sum(extent.partitions for extent in self.extents)
+        return read_stamps(self.dir).get(self.fingerprint, without)
 
     @property
     def rows_fingerprint(self) -> str:
@@ -353,8 +387,13 @@ class Dataset:
         Rows that cannot be read are retained: they are counted when they are read.
         """
         assert self.sequences is not None
-        schema = self.whole.schema
-        targets = self.rules.target_mask(self.sequences, schema, self.header.time_unit, split)
+        schema, unit = self.whole.schema, self.header.time_unit
+        targets = TargetEvents.concat(
+            [
+                self.rules.target_events(table, schema, unit, split, partition.cut_offs)
+                for partition, table in zip(self.partitions, self.layout.sequences, strict=True)
+            ]
+        )
         stored_row, queries = [], index.queries.copy()
         positives: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in self.partitions]
         for block, (batch, bad) in enumerate(read_blocks(index, range(index.num_blocks), self.layout)):
@@ -467,11 +506,11 @@ class Dataset:
         table = self.sequences
         sequence, first, end = (np.asarray(columns[name], np.int64) for name in SEGMENT_COLUMNS)
         sequence = sequence + self._sequence_base[partition]
-        mask = self.index(split).targets if self.rules.selects(split) else None
-        targets = Targets.of(table, sequence, first, end, mask)
+        target_events = self.index(split).targets if self.rules.selects(split) else None
+        targets = Targets.of(table, sequence, first, end, target_events)
         valid = targets.valid(self.catalogue.num_docs)
         targets, single = targets.take(valid), not self.has_segments(split)
-        if mask is not None:  # histories end at the last target
+        if target_events is not None:  # histories end at the last target
             last = np.zeros_like(end)
             np.maximum.at(last, targets.row, targets.position + 1)
             end = np.where(last > 0, last, end)
@@ -493,8 +532,9 @@ class Dataset:
         return Rows(
             step=step, row_ids=row_ids, query=query, doc_rows=targets.item, relevance=targets.relevance,
             query_ids=np.asarray(table.take("query_id", sequence[targets.row])), row=None if single else targets.row,
-            position=targets.position, num_earlier=num_earlier, history_start=history_start, sequence=sequence,
-            request=request, num_invalid=int((~valid).sum()), sequences=table,
+            position=targets.position, outcome=targets.outcome, num_earlier=num_earlier,
+            history_start=history_start, sequence=sequence, request=request, num_invalid=int((~valid).sum()),
+            sequences=table,
         )  # fmt: skip
 
     def _requests(
@@ -503,7 +543,7 @@ class Dataset:
         """Return the number of events before the time of each target, and the features of its request, int64 [m].
 
         Other events at the time of a target are not known to its query: neither their items nor their number. With
-        ties=order, those before it are.
+        ties=order, those before it are. The action of a funnel is that of the target's outcome.
         """
         events = EventSlices(table, sequence, np.zeros_like(end), end)
         times = events.column(TIME_COLUMN)
@@ -514,6 +554,8 @@ class Dataset:
         columns: dict[str, Column] = {}
         for name in self.schema.request:
             feature, position = self.schema.event[name], targets.position
+            if targets.outcome is not None and name == self.rules.visit.action:
+                position = targets.outcome
             if isinstance(feature, EventTime):
                 columns[name] = feature.codes(times.values[first], previous, self.header.time_unit)
             else:
@@ -533,11 +575,46 @@ class Dataset:
         sequence, position = rows.sequence[rows.row_of_query], rows.position
         return rows.sequences.take_slices(TIME_COLUMN, sequence, position, position + 1).values
 
+    def newest_target(self, split: str) -> float | None:
+        """Return the newest time of a target of `split`, in seconds; None if targets have no times. Reads all blocks.
+
+        A row's targets are in order of time: the last one is the newest.
+        """
+        index = self._index(split)
+        if index is None or self.sequences is None or not self.has_times:
+            return None
+        newest = -np.inf
+        for block, (batch, bad) in enumerate(read_blocks(index, range(index.num_blocks), self.layout)):
+            if batch is None:
+                continue
+            good = good_rows(batch, bad)
+            sequence, end = (np.asarray(batch.column(name), np.int64)[good] for name in ("sequence", "end"))
+            sequence = sequence + self._sequence_base[int(index.partition[block])]
+            times = self.sequences.take_slices(TIME_COLUMN, sequence, end - 1, end).values
+            newest = max(newest, float(np.nanmax(times, initial=-np.inf)))
+        return newest * self.header.time_unit if np.isfinite(newest) else None
+
     @cached_property
     def item_times(self) -> np.ndarray:
-        """The time of each document's first version or first event, float64 [num_docs]; infinity: neither has one."""
-        first = self.catalogue.first_times() if self.header.dated else np.full(self.catalogue.num_docs, np.inf)
-        if self.has_times and (table := self.sequences) is not None:
+        """The time of each document's first version or first event, float64 [num_docs]; infinity: neither has one.
+
+        Events of partitions that are not opened count, too: a document has one time in every view of a dataset.
+        """
+        return np.minimum(self.first_version_times, self.first_event_times)
+
+    @property
+    def first_version_times(self) -> np.ndarray:
+        """The time of each document's first version, float64 [num_docs]; infinity: items have no times."""
+        return self.catalogue.first_times() if self.header.dated else np.full(self.catalogue.num_docs, np.inf)
+
+    @cached_property
+    def first_event_times(self) -> np.ndarray:
+        """The time of each document's first event, float64 [num_docs]; infinity: it has none, or events no times."""
+        first = np.full(self.catalogue.num_docs, np.inf)
+        if not self.has_times:
+            return first
+        for folder in self.event_folders:
+            table = MappedTable(read_partition(folder.parent.parent, folder.name).sequence_files)
             for events in EventSlices.in_chunks(table):
                 items, times = events.column("items").values, events.column(TIME_COLUMN).values
                 valid = (items >= 0) & (items < len(first))
@@ -559,11 +636,17 @@ class Dataset:
         first = np.searchsorted(self.item_times, times, "right", sorter=order)
         return ragged.gather_ranges(order, first, np.full(len(times), len(order)))
 
+    def target_feature(self, rows: Rows, name: str) -> np.ndarray:
+        """Return a feature of the target's event per query [m]; the action of a funnel is that of the outcome."""
+        assert rows.sequence is not None and rows.position is not None and rows.sequences is not None
+        position = rows.position
+        if rows.outcome is not None and name == self.rules.visit.action:
+            position = rows.outcome
+        return EventSlices(rows.sequences, rows.sequence[rows.row_of_query], position, position + 1).feature(name)
+
     def matching_targets(self, rows: Rows, condition: str, where: str) -> np.ndarray:
         """Return whether the target of each query matches a condition of the key `where`, bool [m]."""
-        assert rows.sequence is not None and rows.position is not None and rows.sequences is not None
-        events = EventSlices(rows.sequences, rows.sequence[rows.row_of_query], rows.position, rows.position + 1)
-        return matching_events(condition, where, self.schema.event, events.feature)
+        return matching_events(condition, where, self.schema.event, partial(self.target_feature, rows))
 
     def excluded(
         self, rows: Rows, exclude_seen: bool | str, queries: np.ndarray | None = None, *, visits: bool = True
@@ -784,6 +867,7 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
     joined = Dataset(
         parts[0].header, partitions, files, list(withdrawals.values()), list(item_partitions.values()), extents
     )
+    joined.event_folders = tuple(dict.fromkeys(folder for part in parts for folder in part.event_folders))
     joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
     joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
     return joined

@@ -6,7 +6,7 @@ shard therefore appears as unreadable blocks, never as silently missing rows.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,17 @@ import xxhash
 
 from bigdssm.dataset.catalogue import path_inside
 from bigdssm.dataset.remote import RemoteFile, RemoteFolder
+from bigdssm.dataset.rows import TargetEvents
 from bigdssm.dataset.schema import EVENT_FORMAT, FORMAT
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.ragged import Ragged, offsets_of
+from bigdssm.features.ragged import offsets_of
 from bigdssm.utils.arguments import short_repr
 from bigdssm.utils.atomic import hidden_version
 
 INDEX_COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "queries": np.int64, "checksum": np.uint64}
 ROUND_STEPS = 1000  # per lane; the shares of a mixture are exact over these
+CUT_OFFS = ("validation_from", "test_from", "train_from")  # in the `split` of dataset.json, of a split by time
+PARTITION_CUT_OFFS = "cut_offs"  # in partition.json of events: the times at which its splits start, if by time
 MixtureBatches = Literal["mixed", "one_source"]
 
 
@@ -64,16 +67,19 @@ DATASET_SHAPE = {
     "items?": one_of("events"),
     "ids?": {"doc?": ID_SOURCE, "query?": ID_SOURCE},
     "tokenizer?": {str: TEXT},
-    "times?": {"num_times": COUNT, "units": [(INTEGER, COUNT, NUMBER)]},
+    "times?": {"unit": one_of("s", "ms", "us", "ns"), "oldest": NUMBER, "newest": NUMBER},
     "split?": {
         "how": one_of("random", "time", "column", "leave-one-out", "train"), "column?": TEXT_OR_NONE, "seed?": INTEGER,
         "fractions?": (NUMBER, NUMBER), "whole_documents?": BOOLEAN,
         "validation_from?": TIME_OR_NONE, "test_from?": TIME_OR_NONE, "train_from?": TIME_OR_NONE,
     },
 }  # fmt: skip
+# Before units were recorded: the number of times, and that of dates by power of ten (0: s, 3: ms) with an example.
+COUNTED_TIMES_SHAPE = {"num_times": COUNT, "units": [(INTEGER, COUNT, NUMBER)]}
 SPLIT_SHAPE = {"rows": COUNT, "queries": COUNT, "blocks": COUNT, "shards": [TEXT], "index_checksum": TEXT}
 PARTITION_SHAPE = {
     "splits": {str: SPLIT_SHAPE}, "counts_checksum": TEXT, "sequences?": [FILE_SHAPE], "identity?": TEXT,
+    f"{PARTITION_CUT_OFFS}?": [NUMBER],
 }  # fmt: skip
 
 
@@ -106,6 +112,7 @@ class Partition:
     num_docs: int = 0  # of its dataset's catalogue
     first_doc: int = 0  # catalogue offset within a joined dataset
     remote: RemoteFolder | None = None  # of a dataset at a URL
+    cut_offs: tuple[float, ...] = ()  # the times at which splits of the partition start, of a split by time
 
     @property
     def sequence_files(self) -> list[Path]:
@@ -119,6 +126,12 @@ class Partition:
             return str(self.content["identity"])
         identity = {"fingerprint": self.content.get("fingerprint"), "splits": self.content["splits"]}
         return short_hash(json.dumps(identity, sort_keys=True).encode())
+
+
+def dataset_fingerprint(schema: str, tokenizer_hash: str, partitions: Iterable[Partition]) -> str:
+    """Hash a schema, by its fingerprint, a tokenizer, and the rows and documents of partitions; those of items last."""
+    identities = [schema, tokenizer_hash, *(partition.name + partition.identity for partition in partitions)]
+    return short_hash("\n".join(identities).encode())
 
 
 def read_partition(folder: Path, name: str) -> Partition:
@@ -144,7 +157,9 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
             f"{path} has format {short_repr(content.get('format'))}, this version reads {FORMAT} and {EVENT_FORMAT}; "
             "rebuild it with bigdssm make_shards"
         )
-    _check_shape(path, content, DATASET_SHAPE)
+    times = content.get("times")
+    counted = isinstance(times, dict) and "unit" not in times
+    _check_shape(path, content, DATASET_SHAPE | {"times?": COUNTED_TIMES_SHAPE} if counted else DATASET_SHAPE)
     return content
 
 
@@ -210,9 +225,9 @@ class SplitIndex:
     rows: np.ndarray  # int32
     queries: np.ndarray  # int64: of its rows
     checksum: np.ndarray  # uint64: xxh3_64 of the bytes
-    # With rules on events: whether each event of the sequences of all partitions is a target; each partition's first
+    # With rules on events: the targets among the events of all partitions' sequences; each partition's first
     # sequence, int64; and the rows with a target, block after block, by their number within the block, int64.
-    targets: Ragged | None = None
+    targets: TargetEvents | None = None
     first_sequence: np.ndarray | None = None
     stored_row: np.ndarray | None = None
 
@@ -236,11 +251,11 @@ class SplitIndex:
         """The number of blocks."""
         return len(self.rows)
 
-    def target_mask(self, partition: int) -> Ragged | None:
-        """Return whether the events of a partition's sequences are targets; None: all are."""
+    def target_events(self, partition: int) -> TargetEvents | None:
+        """Return the targets among the events of a partition's sequences; None: all are."""
         if self.targets is None or self.first_sequence is None:
             return None
-        return Ragged(self.targets.values, self.targets.offsets[self.first_sequence[partition] :])
+        return self.targets.from_sequence(self.first_sequence[partition])
 
     def name(self, block: int) -> str:
         """Format a block's shard and number for messages."""

@@ -23,6 +23,7 @@ import xxhash
 
 from bigdssm.config import DEFAULT_CACHE_BYTES, DataConfig
 from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES
+from bigdssm.dataset.stamps import STAMPS_FILE
 from bigdssm.errors import DataError
 from bigdssm.utils.atomic import UNFINISHED, new_folder, put_file, temporary_path
 from bigdssm.utils.log import get_logger
@@ -315,15 +316,19 @@ class RemoteFolder:
             files += [part for vocabulary in vocabularies.values() for part in vocabulary["files"]]
         for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
             self._small(f"tokenizer/{file}", optional=True)
+        self._small(STAMPS_FILE, optional=True)
         required = names[names.index(first) :] if first in names else names if partitions is None else partitions
+        has_item_times = "items" in content  # then the events of all partitions decide when an item is available
         for name in names:
             path = f"partitions/{name}"
             partition = self._json(f"{path}/partition.json")
+            parts = []
             if name in required:
-                parts = [(COUNTS_FILE, partition["counts_checksum"])]
+                parts.append((COUNTS_FILE, partition["counts_checksum"]))
                 parts += [(f"{split}.index.arrow", of["index_checksum"]) for split, of in partition["splits"].items()]
+            if name in required or has_item_times:
                 parts += [(part["file"], part["checksum"]) for part in partition.get("sequences", [])]
-                files += [{"file": f"{path}/{file}", "checksum": checksum} for file, checksum in parts]
+            files += [{"file": f"{path}/{file}", "checksum": checksum} for file, checksum in parts]
         for part in files:
             self._large(part["file"], part["checksum"])
         name = redacted(self.url).rstrip("/").rpartition("/")[2] or "dataset"

@@ -8,7 +8,8 @@ m queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from bigdssm.config import DataConfig, VisitConfig
 from bigdssm.dataset.catalogue import MappedTable
 from bigdssm.dataset.schema import Schema
+from bigdssm.errors import ConfigError
 from bigdssm.features import ragged
 from bigdssm.features.base import PADDING, REQUEST_PREFIX
 from bigdssm.features.conditions import matching_events
@@ -30,7 +32,29 @@ FORGOTTEN_DOC = -(1 << 63)  # and the document of such a row of pairs
 EVENT_BITS = 22  # low bits of a query key; the row id is in the bits above
 SEQUENCES_AT_ONCE = 1 << 12
 ROW_ARRAYS = ("row_ids", "sequence", "history_start")  # of Rows: the arrays per row, and per query
-QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "num_earlier", "doc_ids")
+QUERY_ARRAYS = ("doc_rows", "relevance", "query_ids", "position", "outcome", "num_earlier", "doc_ids")
+
+
+@dataclass(frozen=True)
+class TargetEvents:
+    """The targets among all events of sequences, by the rules on events.
+
+    The requested action and the relevance of a target are those of its outcome, an event of its visit.
+    """
+
+    is_target: Ragged  # bool, per event of every sequence
+    outcome: np.ndarray | None = None  # int32 [events]: events from a target to its outcome; None: it is the target
+
+    def from_sequence(self, first: int) -> TargetEvents:
+        """Return the events of the sequences from `first` on."""
+        return replace(self, is_target=Ragged(self.is_target.values, self.is_target.offsets[first:]))
+
+    @classmethod
+    def concat(cls, parts: Sequence[TargetEvents]) -> TargetEvents:
+        """Concatenate the events of several tables of sequences."""
+        is_target = Ragged.concat([part.is_target for part in parts])
+        outcomes = [part.outcome for part in parts if part.outcome is not None]
+        return cls(is_target, np.concatenate(outcomes) if outcomes else None)
 
 
 @dataclass(frozen=True)
@@ -40,21 +64,30 @@ class Targets:
     row: np.ndarray  # int64 [m]
     position: np.ndarray  # int64 [m]: in the sequence
     item: np.ndarray  # int64 [m]: the catalogue row
-    relevance: np.ndarray  # float32 [m]
+    relevance: np.ndarray  # float32 [m]: of the outcome
+    outcome: np.ndarray | None = None  # int64 [m]: position of the outcome, see `TargetEvents`; None: `position`
 
     @classmethod
     def of(
-        cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray, mask: Ragged | None = None
-    ) -> Targets:
-        """Read the targets of rows (int64 [R], in range): events, of sequences with `mask` those where it is true."""
+        cls, table: MappedTable, sequence: np.ndarray, first: np.ndarray, end: np.ndarray,
+        events: TargetEvents | None = None,
+    ) -> Targets:  # fmt: skip
+        """Read the targets of rows (int64 [R], in range): all events, or with `events` those that are targets."""
         items = table.take_slices("items", sequence, first, end)
         relevance = table.take_slices("relevance", sequence, first, end)
         row = np.repeat(np.arange(len(sequence)), items.lengths)
         position = np.arange(len(row)) - offsets_of(items.lengths)[row] + first[row]
         targets = cls(row, position, items.values.astype(np.int64), relevance.values)
-        if mask is None:
+        if events is None:
             return targets
-        return targets.take(mask.values[mask.offsets[sequence[row]] + position])
+        event = events.is_target.offsets[sequence[row]] + position
+        is_target = events.is_target.values[event]
+        targets = targets.take(is_target)
+        if events.outcome is None:
+            return targets
+        outcome = targets.position + events.outcome[event[is_target]]
+        relevance = table.take_slices("relevance", sequence[targets.row], outcome, outcome + 1)
+        return replace(targets, relevance=relevance.values, outcome=outcome)
 
     def faults(self, num_docs: int) -> Iterator[tuple[int, str]]:
         """Yield (target number, reason) of the invalid targets."""
@@ -72,7 +105,8 @@ class Targets:
 
     def take(self, targets: np.ndarray) -> Targets:
         """Select targets by index or mask."""
-        return Targets(self.row[targets], self.position[targets], self.item[targets], self.relevance[targets])
+        outcome = None if self.outcome is None else self.outcome[targets]
+        return Targets(self.row[targets], self.position[targets], self.item[targets], self.relevance[targets], outcome)
 
 
 @dataclass(frozen=True)
@@ -90,6 +124,7 @@ class Rows:
     query_ids: np.ndarray  # int64 [m]
     row: np.ndarray | None = None  # int64 [m], ascending: the row of each query; None: one query per row
     position: np.ndarray | None = None  # int64 [m]: in the sequence; the query's history is items[:prefix]
+    outcome: np.ndarray | None = None  # int64 [m]: position of the target's outcome, see `TargetEvents`; None: its own
     num_earlier: np.ndarray | None = None  # int64 [m]: with requests, the history is items[:num_earlier], see `prefix`
     history_start: np.ndarray | None = None  # int64 [R]: the history starts at items[history_start]
     sequence: np.ndarray | None = None  # int64 [R]: sequence number
@@ -226,29 +261,69 @@ class EventRules:
     @property
     def row_keys(self) -> dict[str, Any]:
         """The keys that determine rows, in JSON types; empty by default."""
-        visit = {"data.visit": asdict(self.visit)} if self.visit.is_set else {}
-        return {f"data.targets.{split}": text for split, text in self.targets.items()} | visit
+        keys: dict[str, Any] = {f"data.targets.{split}": text for split, text in self.targets.items()}
+        if self.visit.is_set:
+            keys["data.visit"] = {"feature": self.visit.feature, "gap_s": self.visit.gap_s}
+        if self.visit.funnel:
+            keys["data.visit.funnel"] = {name: list(steps) for name, steps in self.visit.funnel.items()}
+        return keys
 
     def selects(self, split: str) -> bool:
         """Return whether the rules can reject events of a split as targets."""
         return split in self.targets or self.visit.is_set
 
-    def target_mask(self, table: MappedTable, schema: Schema, time_unit: float, split: str) -> Ragged:
-        """Return whether each event of all sequences is a target in `split`, bool.
+    def target_events(
+        self, table: MappedTable, schema: Schema, time_unit: float, split: str, cut_offs: Sequence[float] = ()
+    ) -> TargetEvents:
+        """Return which events of all sequences are targets in `split`, and their outcomes.
 
-        An event is no target if the history of its query contains its item in the same visit. Raises ConfigError: a
-        condition is invalid.
+        An event is no target if the history of its query contains its item in the same visit. With a funnel, the first
+        event of an item in a visit is its only target, and its outcome is the earliest of the events with the furthest
+        step; those after one of the times `cut_offs`, at which a later split starts, do not count. Conditions read the
+        action of the outcome. Raises ConfigError: a condition is invalid.
         """
         masks = [np.zeros(0, bool)]  # of a table without rows
+        outcomes = [np.zeros(0, np.int32)]
+        action = self.visit.action
         for events in EventSlices.in_chunks(table):
-            mask = np.ones(int(events.end.sum()), bool)
-            if split in self.targets:
-                mask &= matching_events(self.targets[split], f"data.targets.{split}", schema.event, events.feature)
+            mask, feature = np.ones(int(events.end.sum()), bool), events.feature
             if self.visit.is_set:
-                num_earlier = events.num_earlier(schema.ties) if schema.request else None
-                mask &= ~_repeated(events.column("items"), self._visits(events, time_unit), num_earlier)
+                items, visits = events.column("items"), self._visits(events, time_unit)
+                first = _first_events(items, visits)
+                if action is not None:
+                    step = self.steps(schema, events.feature(action))
+                    outcome = _furthest_events(first, step, events.periods(cut_offs))
+                    mask = outcome >= 0
+                    outcome = np.where(mask, outcome, np.arange(len(mask)))
+                    outcomes.append((outcome - np.arange(len(mask))).astype(np.int32))
+                    feature = partial(_feature_of_targets, events, action, outcome)
+                else:
+                    num_earlier = events.num_earlier(schema.ties) if schema.request else None
+                    mask = ~_repeated(items, first, num_earlier)
+            if split in self.targets:
+                mask &= matching_events(self.targets[split], f"data.targets.{split}", schema.event, feature)
             masks.append(mask)
-        return Ragged(np.concatenate(masks), offsets_of(table.lengths("items", np.arange(table.num_rows))))
+        offsets = offsets_of(table.lengths("items", np.arange(table.num_rows)))
+        return TargetEvents(Ragged(np.concatenate(masks), offsets), np.concatenate(outcomes) if action else None)
+
+    def steps(self, schema: Schema, actions: np.ndarray) -> np.ndarray:
+        """Return the step of the funnel of each encoded action, int64; −1: none.
+
+        Raises ConfigError: the events have no such feature, or it has no such value.
+        """
+        assert self.visit.action is not None
+        feature = schema.event.get(self.visit.action)
+        if feature is None:
+            names = ", ".join(schema.event) or "none"
+            raise ConfigError(f"data.visit.funnel: the events have no feature {self.visit.action}, only {names}")
+        step = np.full(len(actions), -1)
+        for number, value in enumerate(self.visit.funnel[self.visit.action]):
+            try:
+                operands = feature.operands("=", (value,))
+            except ConfigError as error:
+                raise ConfigError(f"data.visit.funnel: {error}") from None
+            step[feature.matches(actions, "=", operands)] = number
+        return step
 
     def excluded(
         self, items: Ragged, exclude_seen: bool | str, schema: Schema, feature: Callable[[str], np.ndarray],
@@ -319,6 +394,12 @@ class EventSlices:
         """Return a feature of all events."""
         return self.column(EVENT_PREFIX + name).values
 
+    def periods(self, cut_offs: Sequence[float]) -> np.ndarray:
+        """Return the number of `cut_offs` up to the time of each event, int64 [events]."""
+        if not cut_offs:
+            return np.zeros(int((self.end - self.first).sum()), np.int64)
+        return np.searchsorted(np.sort(np.array(cut_offs)), self.column(TIME_COLUMN).values, "right")
+
     def num_earlier(self, ties: str) -> np.ndarray:
         """Return the number of events before the time of each event, int64 [events]; `first` is 0.
 
@@ -332,17 +413,41 @@ class EventSlices:
         return first_of_time - np.repeat(times.offsets[:-1], times.lengths)
 
 
-def _repeated(items: Ragged, visits: np.ndarray, num_earlier: np.ndarray | None) -> np.ndarray:
-    """Return whether the visit of an event has its item among the first `num_earlier` events (None: all before it)."""
+def _first_events(items: Ragged, visits: np.ndarray) -> np.ndarray:
+    """Return the index of the first event of each event's sequence, visit and item, int64; its own without a visit."""
     sequence = np.repeat(np.arange(len(items)), items.lengths)
-    position = np.arange(len(sequence)) - items.offsets[sequence]
     # the events of one (sequence, visit, item) become neighbours, the earliest first, as lexsort is stable
     order = np.lexsort((items.values, visits, sequence))
     keys = np.stack([sequence[order], visits[order], items.values[order]])
     is_first = np.ones(len(order), bool)
-    is_first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0)
-    first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
-    earliest = position[order][first]
-    repeated = np.empty(len(order), bool)
-    repeated[order] = earliest < (position if num_earlier is None else num_earlier)[order]
-    return repeated & (visits != PADDING)
+    is_first[1:] = (keys[:, 1:] != keys[:, :-1]).any(axis=0) | (visits[order][1:] == PADDING)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+    return first
+
+
+def _repeated(items: Ragged, first: np.ndarray, num_earlier: np.ndarray | None) -> np.ndarray:
+    """Return whether the `first` event of an event's visit and item is before it; `num_earlier`: as its query reads."""
+    begin = np.repeat(items.offsets[:-1], items.lengths)
+    position = np.arange(len(first)) - begin
+    return np.asarray(first - begin < (position if num_earlier is None else num_earlier))
+
+
+def _furthest_events(first: np.ndarray, step: np.ndarray, period: np.ndarray) -> np.ndarray:
+    """Return, for each event that is the first of its visit and item, the earliest event with the furthest step, int64.
+
+    `first`: the first event of each event; `step`: −1 counts as none. Events of a later period than the first do not
+    count. −1: no first event, or one without steps.
+    """
+    counted = np.flatnonzero((step >= 0) & (period == period[first]))
+    best = counted[np.lexsort((counted, -step[counted], first[counted]))]
+    groups, begin = np.unique(first[best], return_index=True)
+    furthest = np.full(len(first), -1)
+    furthest[groups] = best[begin]
+    return furthest
+
+
+def _feature_of_targets(events: EventSlices, action: str, outcome: np.ndarray, name: str) -> np.ndarray:
+    """Return a feature of events: of `action` the value of the event's outcome, an index."""
+    values = events.feature(name)
+    return values[outcome] if name == action else values

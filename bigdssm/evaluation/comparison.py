@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,11 +23,11 @@ from bigdssm.evaluation.baselines import (
     DailyEvents,
     Scores,
     markov,
-    markov_of_states,
     popularity,
     popularity_of_days,
-    single_valued,
 )
+from bigdssm.evaluation.chains import ChainEvents, action_of, tuned_chain
+from bigdssm.evaluation.counted_events import is_split_by_time
 from bigdssm.evaluation.evaluate import Reranking, encoders_of, evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
 from bigdssm.evaluation.slices import Slice
@@ -51,6 +52,7 @@ class System:
     ranks: np.ndarray | None = None  # float64 [rows of the split], if the values come from ranks
     query_ids: np.ndarray | None = None  # int64 [rows]: query of a value; default: a distinct query per value
     coverage: float | None = None  # share of the candidates among the first answers, if computed
+    options: str = ""  # of a chain, in words, and how they were chosen
 
     def __post_init__(self) -> None:
         """Raise DataError if there are no values."""
@@ -82,7 +84,7 @@ class System:
         """Return the system on some of its rows, bool [rows]."""
         assert self.query_ids is not None
         values = {name: metric_values[..., rows] for name, metric_values in self.values.items()}
-        return System(self.name, values, self.seconds, query_ids=self.query_ids[rows])
+        return System(self.name, values, self.seconds, query_ids=self.query_ids[rows], options=self.options)
 
     def errors(self) -> dict[str, float]:
         """Return the standard errors of the means of all metrics."""
@@ -107,29 +109,67 @@ def baseline_systems(
 ) -> list[System]:
     """Fit and evaluate popularity and, if rows have histories, the Markov baseline.
 
-    by_day: and recent popularity, if events are of several days, and a Markov chain by action, if they have one.
+    by_day: and recent popularity, if events are of several days, and the `chain_systems`.
     """
-    systems: list[System] = []
-
-    def add(name: str, fit: Callable[..., Scores], *fitted_on: Any, spent_s: float = 0.0) -> None:
-        started = perf_counter()
-        measured = evaluate_scores(fit(*fitted_on), dataset, split, exclude_seen=exclude_seen, coverage=coverage)
-        seconds = perf_counter() - started + spent_s
-        systems.append(System.from_ranks(name, measured.ranks, measured.query_ids, seconds, measured.coverage))
-
-    add("popularity", popularity, dataset)
+    evaluate = partial(_evaluate_baseline, dataset, split, exclude_seen, coverage=coverage)
+    started = perf_counter()
+    systems = [evaluate("popularity", popularity(dataset), started)]
     if dataset.sequences is not None:
-        add(MARKOV, markov, dataset)
+        started = perf_counter()
+        systems.append(evaluate(MARKOV, markov(dataset), started))
     if by_day and dataset.has_times:
-        action, started = next(iter(single_valued(dataset.schema.event)), None), perf_counter()
-        events = DailyEvents(dataset, action)
+        started = perf_counter()
+        events = DailyEvents(dataset)
         reading_s = perf_counter() - started  # part of the seconds of every baseline that counts them
         if len(np.unique(events.day)) > 1:
             for days in RECENT_DAYS:
-                add(f"popularity, {days} days", popularity_of_days, events, days, spent_s=reading_s)
-        if action is not None:
-            add(f"Markov by {action}", markov_of_states, events, spent_s=reading_s)
+                started = perf_counter() - reading_s
+                systems.append(evaluate(f"popularity, {days} days", popularity_of_days(events, days), started))
+    if by_day:
+        systems += chain_systems(dataset, split, exclude_seen, dataset, coverage=coverage)
     return systems
+
+
+def chain_systems(
+    dataset: Dataset,
+    split: str,
+    exclude_seen: bool | str,
+    fitted_on: Dataset,
+    *,
+    coverage: bool = False,
+) -> list[System]:
+    """Evaluate a chain with options chosen on validation: frozen and, in a split by time, rebuilt daily.
+
+    fitted_on: more partitions of the same dataset, whose events the chains count. The seconds contain the choice.
+    There is no chain without histories.
+    """
+    if dataset.sequences is None:
+        return []
+    names = {"chain": False, "daily chain": True} if is_split_by_time(fitted_on) else {"chain": False}
+    chosen = "chosen on validation" if dataset.num_rows("validation") else "defaults: no validation split"
+    systems = []
+    for name, daily in names.items():
+        started = perf_counter()
+        chain = tuned_chain(ChainEvents(fitted_on, action_of(fitted_on), daily=daily), dataset, exclude_seen)
+        system = _evaluate_baseline(dataset, split, exclude_seen, name, chain, started, coverage=coverage)
+        systems.append(replace(system, options=f"{chain.options} ({chosen})"))
+    return systems
+
+
+def _evaluate_baseline(
+    dataset: Dataset,
+    split: str,
+    exclude_seen: bool | str,
+    name: str,
+    scores: Scores,
+    started: float,
+    *,
+    coverage: bool = False,
+) -> System:
+    """Evaluate a fitted baseline; `started`: the time at which its fit began, of perf_counter."""
+    measured = evaluate_scores(scores, dataset, split, exclude_seen=exclude_seen, coverage=coverage)
+    seconds = perf_counter() - started
+    return System.from_ranks(name, measured.ranks, measured.query_ids, seconds, measured.coverage)
 
 
 def model_system(
@@ -221,6 +261,11 @@ def differences(pairs: Sequence[tuple[System, System]], metrics: Sequence[str] |
     return lines
 
 
+def options_of(systems: Sequence[System]) -> list[str]:
+    """Return a line per system with options."""
+    return [f"{system.name}: {system.options}" for system in systems if system.options]
+
+
 def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
     """Return one object per system: name, metric means, seconds, and the means per seed under `seeds`."""
     entries = []
@@ -232,6 +277,8 @@ def as_json(systems: Sequence[System]) -> list[dict[str, Any]]:
         }
         if system.coverage is not None:
             entry["coverage"] = round(system.coverage, 6)
+        if system.options:
+            entry["options"] = system.options
         number = max(len(rows) if rows.ndim == 2 else 0 for rows in system.values.values())
         if number:
             by_seed = ({name: rows[seed] for name, rows in system.values.items()} for seed in range(number))

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import EventSlices, Rows
+from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError
 from bigdssm.features import Feature, Numeric, ragged
 from bigdssm.features.base import filterable
@@ -122,7 +122,7 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
             schema.doc | dataset.header.schema.filter,
             lambda name, rows: dataset.catalogue.column(name, rows.doc_rows),
         ),
-        ("event", schema.event, _event_column),
+        ("event", schema.event, lambda name, rows: dataset.target_feature(rows, name)),
     ):
         sides |= {f"{side}.{name}": (f, partial(read, name)) for name, f in filterable(features).items()}
     counts = dataset.doc_counts()
@@ -136,9 +136,3 @@ def _sources(dataset: Dataset) -> dict[str, Source]:
     bare = [name.partition(".")[2] for name in sides] + list(NUMBERS)
     unique = {name: source for name, source in zip(bare, sides.values(), strict=False) if bare.count(name) == 1}
     return unique | of_numbers | sides
-
-
-def _event_column(name: str, rows: Rows) -> Column:
-    assert rows.sequences is not None and rows.sequence is not None and rows.position is not None
-    sequence = rows.sequence[rows.row_of_query]
-    return EventSlices(rows.sequences, sequence, rows.position, rows.position + 1).feature(name)

@@ -20,7 +20,7 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import CheckpointError
 from bigdssm.export.text_tower import SIDES, Side, beta_weight, shared_beta
 from bigdssm.features import Column, History, Ragged, encode_values, texts_of
-from bigdssm.features.base import REQUEST_PREFIX
+from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.loader.batch import Features, to_features
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.utils.components import Registry
@@ -74,9 +74,17 @@ class Probe:
     def vectors(self) -> dict[Side, Tensor]:
         """Return the trainer's index vectors [n, D+1] of both sides."""
         model = self._folder.model
-        return {
-            "query": query_vectors(model, self.features["query"]), "doc": document_vectors(model, self.features["doc"])
-        }  # fmt: skip
+        previous = None
+        if model.content_ids:  # histories read the contents of a catalogue: of random numbers
+            random = np.random.RandomState(1).standard_normal((PROBE_ROWS, self._folder.config.model.dim))
+            contents = torch.from_numpy(np.concatenate([np.zeros_like(random[:1]), random])).float()
+            previous = model.set_contents(contents)
+        try:
+            query = query_vectors(model, self.features["query"])
+        finally:
+            if previous is not None:
+                model.set_contents(previous)
+        return {"query": query, "doc": document_vectors(model, self.features["doc"])}
 
     def only_text(self, side: Side) -> list[str]:
         """Return the n texts of a side with a single text feature."""
@@ -95,6 +103,9 @@ class Probe:
                 for key, event in schema.event_inputs.items():
                     values = event.probe(self._random, len(items.values), {})
                     columns[f"{name}.{key}"] = Ragged(np.asarray(values), items.offsets)
+                if self._folder.model.content_ids:
+                    rows = self._random.randint(1, 1 + PROBE_ROWS, len(items.values))
+                    columns[f"{name}.{ITEM_ROW}"] = Ragged(rows.astype(np.int64), items.offsets)
         if side == "query":
             requests = {name: schema.event[name].probe(self._random, PROBE_ROWS, {}) for name in schema.request}
             columns |= {REQUEST_PREFIX + name: values for name, values in requests.items()}
@@ -182,6 +193,8 @@ def model_card(
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     origin = {key: model.provenance[key] for key in ("stage", "step", "checkpoint") if key in model.provenance}
     weights = ", ".join(f"{key} {value}" for key, value in origin.items()) or "of a model folder"
+    if model.provenance.get("initial"):
+        weights += ", unchanged since the start of the stage"
     description = (
         f"A two-tower retrieval model, trained with bigdssm: it encodes a query as a vector u and a document as a "
         f"vector w, both of width {config.dim} and {vectors}. The score is\n\n    alpha * <u, w> + beta\n\nwhere alpha "

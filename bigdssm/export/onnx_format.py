@@ -223,6 +223,8 @@ class _Tower(nn.Module):
 
 
 def _export(tower: _Tower, features: Features, declared: dict[str, Feature], path: Path) -> None:
+    import onnx
+
     rows = torch.export.Dim("rows")
     shapes = []
     for number, name in enumerate(features):
@@ -243,4 +245,6 @@ def _export(tower: _Tower, features: Features, declared: dict[str, Feature], pat
                 # a feature may have the exporter's name of a result, such as "embedding"
                 if value.name in features:
                     value.name += ".result"
-        program.save(str(path), external_data=False)
+        model = program.model_proto
+        del model.graph.value_info[:]  # shapes within the graph: those of some versions of PyTorch are refused by onnx
+        onnx.save(model, str(path))

@@ -1,7 +1,7 @@
 """`--format sentence-transformers`: a folder for SentenceTransformer of its standard modules.
 
 Queries and documents go through Transformer → Pooling → Dense …. If both sides are the same modules, they are those of
-the model, else the routes of a Router; an encoder of both is written once. Cosine models end in Normalize. For dot
+the model, else the routes of a Router; an encoder of both is written once. Cosine models end in one Normalize. For dot
 models a last Dense adds alpha and beta to the vectors: documents are [alpha * w, beta] and queries [u, 1], so that the
 dot product is the training score. For cosine with a beta per document, which Normalize would distort, the folder
 contains a custom module (sentence_transformers_module.py): queries are [√alpha * u, 1] and documents
@@ -96,7 +96,8 @@ class SentenceTransformersExport(ExportFormat):
             write_json(out / pooling / "config.json", _pooling(tower))
             layers = _dense_layers(model, tower)
             for number in range(len(layers) + 1):
-                if number == tower.normalized_after:
+                is_last = number == len(layers) and not scores_by_dot(model)  # the model's own Normalize follows
+                if number == tower.normalized_after and not is_last:
                     add(tower.side, "Normalize")
                 if number < len(layers):
                     weight, bias, activation = layers[number]
@@ -177,11 +178,10 @@ class SentenceTransformersExport(ExportFormat):
             scores += (
                 f" `trust_remote_code` runs {CODE.name} of this folder, which appends beta to the normalized vector."
             )
-        routes = (
-            "Both towers are the same modules: `encode` takes either side, without a prompt."
-            if are_one_module(model, *text_towers(model, self.format))
-            else 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
-        )
+        query, doc = text_towers(model, self.format)
+        routes = 'The two towers differ, so `encode` needs `task="query"` or `task="document"`.'
+        if are_one_module(model, query, doc):
+            routes = f"Both towers are the same modules. {_without_task(query, doc)}"
         return f"{python_block(dedent(code))}\n\n{scores} {routes}"
 
 
@@ -190,6 +190,25 @@ def are_one_module(model: ModelFolder, query: TextTower, doc: TextTower) -> bool
     modules = [(tower.encoder, tower.layers, _pooling(tower)) for tower in (query, doc)]
     lengths = {tower.feature.max_tokens for tower in (query, doc)}
     return modules[0] == modules[1] and not scores_by_dot(model) and (len(lengths) == 1 or _has_lengths())
+
+
+def _without_task(query: TextTower, doc: TextTower) -> str:
+    """Return a note on `encode` of a plain model: it adds no prompt, and truncates at the larger `max_tokens`."""
+    longest = max(tower.feature.max_tokens for tower in (query, doc))
+    same, others = [], []
+    for tower in (query, doc):
+        feature, method = tower.feature, f"`encode_{ROUTES[tower.side]}`"
+        steps = []
+        if feature.prompt:
+            steps.append(f"adds the prompt {feature.prompt!r}")
+        if feature.max_tokens < longest:
+            steps.append(f"truncates at {feature.max_tokens} tokens in place of {longest}")
+        if steps:
+            others.append(f"{method} {' and '.join(steps)}")
+        else:
+            same.append(method)
+    vectors = f"`encode` returns the vectors of {' and '.join(same)}" if same else "`encode` is for neither side"
+    return ". ".join([f"{vectors}; {others[0]}" if others else vectors, *others[1:]]) + "."
 
 
 def _has_lengths() -> bool:

@@ -254,7 +254,7 @@ class Categorical(Feature):
             short = [other for other in self.vocabulary.cut(MAX_COMPARED) if len(other) <= MAX_COMPARED_CHARACTERS]
             near = difflib.get_close_matches(value[:MAX_COMPARED_CHARACTERS], short, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{self.name} has no value {value[:80]!r}{hint}")
+            raise ConfigError(f"{self.name} has no value {value[:80]!r}", details=hint)
         return tuple(sorted({self.vocabulary[code - FIRST_CODE] for code in codes[codes != PADDING].tolist()}))
 
     def matches(self, column: Column, operator: str, operands: Sequence[str] | Sequence[float]) -> np.ndarray:

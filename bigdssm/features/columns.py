@@ -1,13 +1,11 @@
-"""Read columns of source tables as strings, lists of strings, numbers and times, and report invalid rows.
+"""Read columns of source tables as strings, lists of strings and numbers, and report invalid rows.
 
-An invalid required value (id, relevance, time) fails the row; an invalid feature value is reported and treated as
+An invalid required value (id, relevance) fails the row; an invalid feature value is reported and treated as
 missing.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, time, timezone
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +16,9 @@ from bigdssm.errors import DataError
 MAX_FIELD_BYTES = 1 << 20  # of a text
 BYTE_TYPES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
 MISSING_NUMBERS = ("", "nan", "na", "null", "none", "\\n")
+TimeUnit = Literal["s", "ms", "us", "ns"]
+PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}
 EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}  # integers below 2^bits are exact
-DATED = 0.99  # share of times that are dates from which a column is one of dates
-THIS_CENTURY, EPOCH_POWERS = (946_684_800, 4_102_444_800), (0, 3, 6, 9)  # s since 1970; s, ms, µs, ns
 
 
 class ReportBad(Protocol):
@@ -236,25 +234,31 @@ def numbers(check: RowCheck, name: str) -> tuple[np.ndarray, np.ndarray]:
         values, unreadable = parse_numbers(array)
     else:
         try:
-            values = _seconds_of(array) if pa.types.is_temporal(array.type) else _as_float64(array)
+            values = seconds_of(array) if pa.types.is_temporal(array.type) else _as_float64(array)
         except pa.ArrowException:
             raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs numbers") from None
         unreadable = np.zeros(len(values), bool)  # integers beyond 2^53 are rounded
     return values, unreadable | (np.abs(values) > float(np.finfo(np.float32).max))
 
 
-def _seconds_of(array: pa.Array) -> np.ndarray:
-    """Return dates and times as float64 seconds, null as NaN. Raises ArrowException: an interval of months."""
+def seconds_of(array: pa.Array, per_second: int = 1) -> np.ndarray:
+    """Return dates and times as float64 seconds, or parts `per_second` of a second; null as NaN.
+
+    Raises ArrowException: an interval of months.
+    """
     kind = array.type
-    per_second = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}.get(getattr(kind, "unit", ""), 1)
+    per_second_of_array = PER_SECOND.get(getattr(kind, "unit", "s"), 1)
     if pa.types.is_date32(kind):
-        return _as_float64(array.cast(pa.int32())) * 86_400
+        return _as_float64(array.cast(pa.int32())) * (86_400 * per_second)
     if pa.types.is_date64(kind):
-        per_second = 1000
+        per_second_of_array = 1000
     counts = array.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64())
-    if per_second == 10**9:
-        counts, per_second = pc.divide(counts, 1000), 10**6  # nanoseconds since 1970 are beyond 2^53
-    return _as_float64(counts) / per_second
+    if per_second_of_array == 10**9:
+        per_second_of_array = 10**6
+        counts = pc.divide(counts, 1000)  # nanoseconds since 1970 are beyond 2^53
+    if per_second > per_second_of_array:
+        return _as_float64(counts) * (per_second // per_second_of_array)
+    return _as_float64(counts) / (per_second_of_array // per_second)
 
 
 def parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -273,101 +277,3 @@ def parse_numbers(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
             except ValueError:
                 unparsable[i] = True
         return values, unparsable
-
-
-def times(check: RowCheck, name: str) -> np.ndarray:
-    """Return a time column as float64 seconds (numbers unchanged; ISO 8601 and timestamps since 1970, UTC).
-
-    Rows without a valid time fail.
-    """
-    array = check.column(name)
-    if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
-        values = _seconds_of(array)
-    elif pa.types.is_temporal(array.type) or pa.types.is_boolean(array.type):
-        raise DataError(f"{check.batch.file}: column {name!r} holds {array.type}, needs dates, timestamps or numbers")
-    else:
-        values, unreadable = numbers(check, name)
-        values = values.copy()  # Arrow's memory is read-only
-        for i in np.flatnonzero(unreadable).tolist():
-            values[i] = _parse_iso(str(array[i].as_py()))
-    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO-8601 time", array)
-    return values
-
-
-class TimeUnits:
-    """Counts and examples of times that are dates of 2000 to 2100 in s, ms, µs or ns."""
-
-    def __init__(self, values: np.ndarray | None = None) -> None:
-        """`values`: the first times, float64."""
-        self._total = 0
-        self._units: dict[int, tuple[int, float]] = {}  # by power of 1/10: count and example
-        self.add(np.zeros(0) if values is None else values)
-
-    def add(self, values: np.ndarray) -> None:
-        """Add times, float64."""
-        self._total += len(values)
-        for power in EPOCH_POWERS:
-            first, last = (seconds * 10.0**power for seconds in THIS_CENTURY)
-            mask = (values >= first) & (values < last)
-            if mask.any():
-                count, example = self._units.get(power, (0, float(values[mask][0])))
-                self._units[power] = count + int(mask.sum()), example
-
-    def facts(self) -> dict[str, Any]:
-        """Return the counts in JSON types, for `check_time_units`."""
-        return {"num_times": self._total, "units": [[power, *unit] for power, unit in self._units.items()]}
-
-
-def check_time_units(facts: Iterable[Mapping[str, Any]], where: str) -> None:
-    """Raise DataError if nearly all times are dates of 2000 to 2100, but in different units (seconds, ms, …).
-
-    `facts`: of the `TimeUnits` of each part.
-    """
-    merged = merged_units(facts)
-    if len(merged["units"]) > 1 and sum(count for _, count, _ in merged["units"]) >= DATED * merged["num_times"]:
-        examples = ", ".join(f"{count} such as {example:.0f}" for _, count, example in merged["units"])
-        raise DataError(
-            f"{where} mixes units of time: {examples}; give all in seconds since 1970, or all in another unit"
-        )
-
-
-def merged_units(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge the facts of several `TimeUnits`."""
-    total, units = 0, dict[int, tuple[int, float]]()
-    for part in facts:
-        total += part["num_times"]
-        for power, count, example in part["units"]:
-            before, first = units.get(power, (0, example))
-            units[power] = before + count, first
-    return {"num_times": total, "units": [[power, *unit] for power, unit in sorted(units.items())]}
-
-
-def unit_of_times(facts: Mapping[str, Any]) -> float:
-    """Return the unit of most times in seconds, from the facts of `TimeUnits`; 1 if none is recognized."""
-    power = max(facts["units"], key=lambda unit: unit[1], default=(0,))[0]
-    return float(10.0**-power)
-
-
-def parse_time(value: float | str | date) -> float:
-    """Parse a single time as `times` does: a number, a date or ISO 8601; NaN if invalid."""
-    if isinstance(value, date):
-        return _seconds(value) if value == value else float("nan")  # pandas' NaT is a date that does not equal itself
-    try:
-        return float(value)
-    except ValueError:
-        return _parse_iso(str(value))
-
-
-def _parse_iso(text: str) -> float:
-    try:
-        parsed = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
-    except ValueError:
-        return float("nan")
-    return _seconds(parsed)
-
-
-def _seconds(value: date) -> float:
-    """Return seconds since 1970; without a time zone, the time is UTC."""
-    if not isinstance(value, datetime):
-        value = datetime.combine(value, time())
-    return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()

@@ -100,7 +100,7 @@ def resolve(expression: Expression, features: Mapping[str, Feature], where: str 
     try:
         values = features[expression.feature].operands(expression.operator, tuple(map(str, expression.values)))
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {error.public_message}", details=error.details) from None
     return replace(expression, values=values)
 
 
@@ -140,9 +140,11 @@ class _Parser:
 
     def __init__(self, text: str, where: str) -> None:
         self._where, self.tokens, position = f"{where} {text[:80]!r}", deque[str](), 0
-        while rest := text[position:].strip():
+        end = len(text.rstrip())
+        while position < end:
             match = _TOKEN.match(text, position)
             if match is None:
+                rest = text[position:end].lstrip()
                 raise ConfigError(f"{self._where}: the quote in {rest[:20]!r} is not closed")
             position = match.end()
             self.tokens.append(match.group().strip())

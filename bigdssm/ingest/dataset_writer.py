@@ -18,11 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from bigdssm.dataset.partition import read_dataset_json
+from bigdssm.dataset.dataset import TOKENIZER_FILE
+from bigdssm.dataset.partition import (
+    PARTITION_CUT_OFFS,
+    dataset_fingerprint,
+    read_dataset_json,
+    read_partition,
+    short_hash,
+)
 from bigdssm.dataset.remote import KEYS_SUFFIX
 from bigdssm.dataset.schema import QUARANTINE_FILE, SCHEMA_FILE, VOCABULARIES, Schema
+from bigdssm.dataset.stamps import STAMPS_FILE, read_stamps, with_new_stamp
 from bigdssm.errors import ConfigError, DataError, UnavailableError
-from bigdssm.features.columns import TimeUnits
 from bigdssm.utils.atomic import (
     UNFINISHED,
     WriterLock,
@@ -43,7 +50,7 @@ TOKENIZER, CATALOGUE, VERSIONS, PARTITIONS = "tokenizer", "catalogue", "versions
 WITHDRAWALS, ITEM_PARTITIONS = "withdrawals", "item_partitions"
 AS_OF = {"users": "rows", "items": "events"}  # the reference time of features that change
 SPLIT = "split"  # the split of the first partition, reused by appends without --split
-TIMES = "times"  # the units of event times
+TIMES = "times"  # the unit of times, and the oldest and the newest one
 OTHER_TIMES = {  # ends of messages: an existing dataset without times, with an append that has some; and conversely
     "users": (
         "one row of features per user, so leave out --users-time-column here, too",
@@ -61,7 +68,7 @@ OTHER_TIMES = {  # ends of messages: an existing dataset without times, with an 
 }
 LOCK = ".lock"  # inside an existing dataset
 OWN_FILES = (
-    DATASET_FILE, SCHEMA_FILE, QUARANTINE_FILE, LOCK,
+    DATASET_FILE, SCHEMA_FILE, QUARANTINE_FILE, STAMPS_FILE, LOCK,
     *(f"{name}/*" for name in (TOKENIZER, CATALOGUE, PARTITIONS, VOCABULARIES, UNFINISHED)),
 )  # fmt: skip
 PREVIOUS_SCHEMA = "schema.previous.json"
@@ -135,6 +142,7 @@ class DatasetWriter:
         if not plain or len(partition.encode()) > 255:
             raise ConfigError(f"partition name {partition!r} must be a plain folder name")
         self.content: dict[str, Any] = {"catalogue": [], PARTITIONS: [], "text": "tokens"}
+        self.cut_offs: list[float] | None = None  # times at which splits of a partition of events start
         self.staging = out / UNFINISHED if append else temporary_path(out)
         try:
             with ExitStack() as locks:
@@ -233,7 +241,7 @@ class DatasetWriter:
             without, with_times = OTHER_TIMES[kind]
             raise ConfigError(f"{self.out} has {without if has_times else with_times}")
         if has_times:
-            self.content.setdefault(kind, AS_OF.get(kind) or TimeUnits().facts())
+            self.content.setdefault(kind, AS_OF.get(kind, {}))
 
     def commit(
         self, schema: Schema, catalogue: list[dict[str, Any]], versions: list[dict[str, Any]], splits: dict[str, Any],
@@ -250,7 +258,10 @@ class DatasetWriter:
             described["sequences"] = list(sequences)
         documents = [part["checksum"] for part in [*catalogue, *versions, *withdrawals]]  # rows have only their numbers
         digest = hashlib.sha256(json.dumps({**described, "documents": documents}, sort_keys=True).encode()).hexdigest()
-        write_json(self.partition_dir / "partition.json", {**described, "fingerprint": digest[:16]})
+        described["fingerprint"] = digest[:16]
+        if self.cut_offs is not None:
+            described[PARTITION_CUT_OFFS] = self.cut_offs
+        write_json(self.partition_dir / "partition.json", described)
         later = {
             kind: [
                 *self.content.get(kind, []),
@@ -279,6 +290,8 @@ class DatasetWriter:
         }
         schema = schema.save(self.staging)
         write_json(self.staging / DATASET_FILE, dataset)
+        stamps = with_new_stamp(read_stamps(self.out), self._fingerprint(dataset, schema))
+        write_json(self.staging / STAMPS_FILE, stamps)
         for path in self.staging.rglob("*"):
             if path.is_file() and not path.is_relative_to(self.spool):
                 sync(path)
@@ -300,6 +313,7 @@ class DatasetWriter:
             (self.out / VOCABULARIES).mkdir(exist_ok=True)
             for part in schema.vocabulary_files:  # existing ones are hard links to the same files
                 os.replace(part.path, self.out / VOCABULARIES / part.path.name)
+            os.replace(self.staging / STAMPS_FILE, self.out / STAMPS_FILE)  # before the state that it has a stamp of
             os.replace(self.staging / SCHEMA_FILE, self.out / SCHEMA_FILE)
             os.replace(self.staging / DATASET_FILE, self.out / DATASET_FILE)
             shutil.rmtree(self.staging)
@@ -307,6 +321,15 @@ class DatasetWriter:
             replace_folder(self.staging, self.out, OWN_FILES)
         remove(self._used_spool)
         self._locks.close()
+
+    def _fingerprint(self, dataset: dict[str, Any], schema: Schema) -> str:
+        """Return the `Dataset.fingerprint` of the dataset when it is committed; `dataset` is its dataset.json."""
+        items = dataset.get(ITEM_PARTITIONS, [])
+        rows = [name for name in dataset[PARTITIONS] if name not in items]
+        folders = {name: self.out for name in dataset[PARTITIONS]} | {self.partition: self.staging}
+        partitions = [read_partition(folders[name], name) for name in [*rows, *items]]
+        tokenizer = short_hash((self.tokenizer_dir / TOKENIZER_FILE).read_bytes()) if schema.has_text else ""
+        return dataset_fingerprint(schema.fingerprint(), tokenizer, partitions)
 
     def __enter__(self) -> "DatasetWriter":
         return self

@@ -24,18 +24,11 @@ from bigdssm.dataset.schema import Schema, SortedKeys, hash_rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import CalendarTime, EventTime, Feature, TextTokenizer, encode_columns, stored_features
 from bigdssm.features.canonical import canonical
-from bigdssm.features.columns import (
-    check_time_units,
-    ids,
-    merged_units,
-    relevances,
-    strings,
-    times,
-    unit_of_times,
-)
+from bigdssm.features.columns import ids, relevances, strings
 from bigdssm.features.event_time import END_SECOND, FIRST_SECOND
+from bigdssm.features.times import TimeRule, Times, times
 from bigdssm.ingest.cutting import CutPlan, EarlierEvents, ItemVersions, cut_sequences
-from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT, TIMES
+from bigdssm.ingest.dataset_writer import ITEM_PARTITIONS, PARTITIONS, SPLIT
 from bigdssm.ingest.documents import (
     DistinctDocuments,
     StoredDocuments,
@@ -68,6 +61,7 @@ from bigdssm.ingest.job import (
     row_ordinals,
 )
 from bigdssm.ingest.splits import SplitOptions, SplitTimes, check_fractions, recorded_split
+from bigdssm.ingest.times import declared_rule, record_times, time_rule
 from bigdssm.sources.base import Source
 from bigdssm.sources.opening import SparkTable, open_table
 from bigdssm.utils.hashing import hash_strings
@@ -138,23 +132,25 @@ def make_interactions(
             raise DataError(f"{writer.out}: partition {of_pairs[0]!r} holds pairs, not interactions")
         earlier = EarlierEvents(tuple((tuple(p.sequence_files), p.folder / SEQUENCE_KEYS_FILE) for p in partitions))
         writer.record_times("times", tables.time_column is not None)
+        rule = TimeRule() if tables.time_column is None else time_rule(writer, config, tables.time_unit)
         # items and users are read before the events, which refer to them
         existing_files = catalogue_files(writer.out, writer.content)
         schema_read = of_tables(base, config)
-        documents, item_times = read_items(run, tables.item_column, tables.items_time_column, schema_read, items)
+        documents, item_times = read_items(run, tables.item_column, tables.items_time_column, schema_read, items, rule)
         versions = ItemVersions.of(engine, existing_files, documents) if documents.versions is not None else None
         user_read = stored_features(schema_read.query)
-        user_times = read_users(run, tables, user_read, users) if user and users is not None else []
+        user_times = read_users(run, tables, user_read, users, rule) if user and users is not None else []
         other_times = {
             f"{tables.items}, column {tables.items_time_column!r}": item_times,
             f"{tables.users}, column {tables.users_time_column!r}": user_times,
         }
         event = stored_features(base.event)
-        sequences, event_rows = read_events(run, tables, user, event, documents, events, other_times, earlier)
+        sequences, event_rows, rule = read_events(
+            run, tables, user, event, documents, events, other_times, earlier, rule
+        )
         if any(isinstance(feature, CalendarTime) for feature in base.event.values()):
             ((oldest, newest),) = engine.fetch("SELECT min(time), max(time) FROM read_events")
-            unit = unit_of_times(writer.content[TIMES])
-            if not FIRST_SECOND <= oldest * unit <= newest * unit < END_SECOND:
+            if not FIRST_SECOND <= oldest / rule.per_second <= newest / rule.per_second < END_SECOND:
                 raise DataError(
                     f"{tables.interactions}, column {tables.time_column!r}: got times from {oldest:.15g} to "
                     f"{newest:.15g}, needs dates of 1900 to 2100 for features of type calendar; give seconds, ms, "
@@ -171,7 +167,7 @@ def make_interactions(
         schema, text = fit(
             engine, base, config, sides, folder=writer.tokenizer_dir, grow=writer.append, like=target.like
         )  # fmt: skip
-        split, split_times = _split_of(run, tables, event_rows)
+        split, split_times = _split_of(run, tables, event_rows, rule)
         key_file = writer.partition_dir / SEQUENCE_KEYS_FILE
         write_document_keys(engine, "sequences", "user_id", 0, key_file)
         plan = CutPlan(
@@ -191,7 +187,7 @@ def make_interactions(
                     "version"
                 )
         if not splits["train"].num_rows:
-            before = "" if tables.split_times() is None else f" before --validation-from {tables.validation_from}"
+            before = "" if tables.split_times(rule) is None else f" before --validation-from {tables.validation_from}"
             if writer.append and split != "train":
                 before += f" for --split {split}; with --split train all events of the partition are trained on"
             raise DataError(f"{tables.interactions}: no train rows remain; every user has too few events{before}")
@@ -229,7 +225,7 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     check_fractions(*tables.fractions)
     if append:
         tables.check_recorded()
-    tables.split_times()  # validates them
+    tables.split_times(declared_rule(config, tables.time_unit))  # validates them
     no_times = tables.time_column is None
     ratings = {"--min-rating": tables.min_rating, "--positive-rating": tables.positive_rating}
     if tables.split == "time" and no_times:
@@ -243,6 +239,10 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
         (
             tables.users_time_column is not None and tables.users is None,
             f"--users-time-column {tables.users_time_column} needs a users table; give --users",
+        ),
+        (
+            no_times and tables.time_unit is not None,
+            f"--time-unit {tables.time_unit} needs a --time-column",
         ),
         *(
             (no_times, f"data.event.{name}: type {feature.type} needs the times of events; name a --time-column")
@@ -268,7 +268,7 @@ def _check(config: DataConfig, tables: InteractionTables, *, append: bool) -> No
     check_options(rules)
 
 
-def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tuple[str, SplitTimes]:
+def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable, rule: TimeRule) -> tuple[str, SplitTimes]:
     """Return the kind of split, and its cut-off times (infinity unless by time).
 
     An append without --split uses the recorded split; a new dataset records its split.
@@ -277,10 +277,11 @@ def _split_of(run: Ingestion, tables: InteractionTables, events: RowTable) -> tu
     kind = recorded["how"] if recorded else tables.split or tables.default_split
     split_times = SplitTimes(np.inf, np.inf, np.inf)
     if kind == "time":
-        explicit = SplitTimes.of_dataset(recorded) if recorded else tables.split_times()
+        explicit = SplitTimes.of_dataset(recorded) if recorded else tables.split_times(rule)
         until_test = 1 - tables.test_fraction
         shares = (until_test - tables.validation_fraction, until_test)
         split_times = explicit or SplitTimes.of_shares(run.engine, events, shares)
+    run.writer.cut_offs = split_times.starts
     if not run.writer.append:
         cut_offs = split_times.as_json(run.engine, "read_events") if kind == "time" else {}
         run.writer.content[SPLIT] = {"how": kind, **cut_offs}
@@ -295,17 +296,19 @@ def _encoded(row_features: dict[str, Feature], text: TextTokenizer | None, rows:
 
 
 def read_items(
-    run: Ingestion, key: str, time_column: str | None, base: Schema, items: Source
+    run: Ingestion, key: str, time_column: str | None, base: Schema, items: Source, rule: TimeRule
 ) -> tuple[DistinctDocuments, list[Mapping[str, Any]]]:
     """Read items, with ids in column `key`, as documents; also return the facts of their times, if any.
 
-    `time_column`: the start of validity of a row; None: one row per item. Raises DataError: no usable items.
+    `time_column`: the start of validity of a row, read by `rule`; None: one row per item. Raises DataError: no usable
+    items.
     """
     engine, writer = run.engine, run.writer
     title = base.title or key
     options = (key, "--item-column"), (time_column, "--items-time-column"), (title, "data.title")
     columns = column_options(*options, *feature_columns(base.doc, "doc"), *feature_columns(base.filter, "filter"))
-    work = partial(_read_item_part, columns, key, time_column, title, base.documents, StoredDocuments.of(writer))
+    stored = StoredDocuments.of(writer)
+    work = partial(_read_item_part, columns, key, time_column, title, base.documents, stored, rule)
     folders = run.read("items", [items], columns, work, base.doc.values())
     rows = engine.table("document_rows", [folder / "documents.parquet" for folder in folders])
     if time_column is not None:
@@ -315,23 +318,25 @@ def read_items(
         _report_repeated(run, items, "first_documents", "doc_key", key)
     if not documents.total:
         raise DataError(f"{items.name} has no usable rows{writer.quarantine.summary()}")
-    return documents, [read_facts(folder) for folder in folders] if documents.versions is not None else []
+    if documents.versions is None:
+        return documents, []
+    return documents, [read_facts(folder)["times"] for folder in folders]
 
 
 def _read_item_part(
     columns: Mapping[str, str], key: str, time_column: str | None, title: str, features: dict[str, Feature],
-    stored: StoredDocuments, part: TablePart, folder: Path,
+    stored: StoredDocuments, rule: TimeRule, part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
     schema = document_schema(features, has_times=time_column is not None)
-    with RowFile(folder / "documents.parquet", schema) as file, read_part(part, columns, folder) as (batches, units):
+    with RowFile(folder / "documents.parquet", schema) as file, read_part(part, columns, folder) as (batches, summary):
         for check in batches:
             keys, titles = ids(check, key), strings(check, title)
-            since = None if time_column is None else times(check, time_column)
+            since = None if time_column is None else times(check, time_column, rule)
             table = canonical(check, features)
             rows = document_rows(row_ordinals(part, check.batch), hash_rows(table), keys, titles, table)
             if since is not None:
-                rows = rows.append_column(SINCE_COLUMN, pa.array(since))
-                units.add(since[check.good])
+                rows = rows.append_column(SINCE_COLUMN, pa.array(since.values))
+                summary.add(check.batch, since, check.good)
             file.add(stored.compare(rows.filter(pa.array(check.good))))
 
 
@@ -355,7 +360,7 @@ def _report_repeated(run: Ingestion, source: Source, table: str, key: str, colum
 
 
 def read_users(
-    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], users: Source
+    run: Ingestion, tables: InteractionTables, user: dict[str, Feature], users: Source, rule: TimeRule
 ) -> list[Mapping[str, Any]]:
     """Create the views `users` and `newest_users` (for serving).
 
@@ -364,9 +369,8 @@ def read_users(
     engine, key, time_column = run.engine, tables.user_column, tables.users_time_column
     options = (key, "--user-column"), (time_column, "--users-time-column")
     columns = column_options(*options, *feature_columns(user, "query"))
-    folders = run.read(
-        "users", [users], columns, partial(_read_user_part, columns, key, time_column, user), user.values()
-    )
+    work = partial(_read_user_part, columns, key, time_column, user, rule)
+    folders = run.read("users", [users], columns, work, user.values())
     engine.table("user_rows", [folder / "users.parquet" for folder in folders])
     if time_column is not None:
         # of rows with equal times, the later row in the table is newer
@@ -376,7 +380,7 @@ def read_users(
             "row_number() OVER (PARTITION BY user_id ORDER BY time DESC, place DESC) AS from_newest FROM user_rows",
         )
         engine.view("newest_users", "SELECT * FROM users WHERE from_newest = 1")
-        return [read_facts(folder) for folder in folders]
+        return [read_facts(folder)["times"] for folder in folders]
     engine.view("users", first_rows("user_rows", "user_id"))
     engine.view("newest_users", "SELECT * FROM users WHERE nth = 1")
     _report_repeated(run, users, "users", "key", key)
@@ -384,44 +388,49 @@ def read_users(
 
 
 def _read_user_part(
-    columns: Mapping[str, str], key: str, time_column: str | None, features: dict[str, Feature],
+    columns: Mapping[str, str], key: str, time_column: str | None, features: dict[str, Feature], rule: TimeRule,
     part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
     schema = pa.schema([*USER, ("time", pa.float64()), *spool_columns("u", features)])
-    with RowFile(folder / "users.parquet", schema) as file, read_part(part, columns, folder) as (batches, units):
+    with RowFile(folder / "users.parquet", schema) as file, read_part(part, columns, folder) as (batches, summary):
         for check in batches:
             keys = ids(check, key)
-            since = np.zeros(len(keys)) if time_column is None else times(check, time_column)
+            since = Times.zeros(len(keys)) if time_column is None else times(check, time_column, rule)
             table = canonical(check, features)
-            numbers = [pa.array(row_ordinals(part, check.batch)), pa.array(hash_strings(keys)), keys, pa.array(since)]
+            ordinals = pa.array(row_ordinals(part, check.batch))
+            numbers = [ordinals, pa.array(hash_strings(keys)), keys, pa.array(since.values)]
             rows = pa.Table.from_arrays([*numbers, *table.columns], names=schema.names)
-            units.add(since[check.good])
+            summary.add(check.batch, since, check.good)
             file.add(rows.filter(pa.array(check.good)))
 
 
 def read_events(
     run: Ingestion, tables: InteractionTables, user: dict[str, Feature], event: dict[str, Feature],
     documents: DistinctDocuments, events: Source, other_times: Mapping[str, Sequence[Mapping[str, Any]]],
-    earlier: EarlierEvents,
-) -> tuple[RowTable, RowTable]:  # fmt: skip
+    earlier: EarlierEvents, rule: TimeRule,
+) -> tuple[RowTable, RowTable, TimeRule]:  # fmt: skip
     """Read the events, with their features `event`; return the sequences, and the events in table order.
 
     A sequence has user_id, key, `length` (events), and its user's newest features. `other_times` are the facts of time
-    columns in other tables. Raises DataError: no events remain, or times in several units.
+    columns in other tables, which are read by `rule`, too; also returns the rule with the unit of all of them. Raises
+    DataError: no events remain, or times without a common unit.
     """
     engine, quarantine = run.engine, run.writer.quarantine
-    split_times = tables.split_times()
+    split_times = tables.split_times(rule)
     until = None if split_times is None else split_times.until
     compared_with = earlier if earlier.parts and tables.time_column else None
     names = ("user_column", "item_column", "time_column", "rating_column")
     options = ((getattr(tables, name), f"--{name.replace('_', '-')}") for name in names)
     columns = column_options(*options, *feature_columns(event, "event"))
-    work = partial(_read_event_part, columns, tables, event, documents.keys, until, compared_with)
+    work = partial(_read_event_part, columns, tables, event, documents.keys, until, compared_with, rule)
     folders = run.read("events", [events], columns, work, event.values())
     facts = [read_facts(folder) for folder in folders]
-    if compared_with is not None:  # before other checks: in another unit all events are older, or newer
-        where = f"{events.name}, column {tables.time_column!r}, with the events of {run.writer.out},"
-        check_time_units([run.writer.content[TIMES], *facts], where)
+    if tables.time_column is not None:  # before other checks: in another unit all events are before --until, or none is
+        where = f"{events.name}, column {tables.time_column!r}"
+        times_of_events = {where: [part_facts["times"] for part_facts in facts]}
+        rule = record_times(run.writer, rule, times_of_events | dict(other_times))
+        if split_times is not None:
+            split_times.check_unit(rule, where)
     event_rows = engine.table("read_events", [folder / "events.parquet" for folder in folders])
     num_repeated = sum(part_facts["num_repeated"] for part_facts in facts)
     num_left_out = sum(part_facts["num_good"] for part_facts in facts) - num_repeated - event_rows.num_rows
@@ -435,13 +444,6 @@ def read_events(
         raise DataError(f"{events.name}: no interactions remain to train on{reasons}{quarantine.summary()}")
     if num_repeated:
         run.notes.append(repeated)
-    check_time_units(facts, f"{events.name}, column {tables.time_column!r}")
-    for column, others in other_times.items():
-        check_time_units([*facts, *others], f"{events.name}, column {tables.time_column!r}, with {column},")
-    if split_times is not None:
-        split_times.check_units(facts, f"{events.name}, column {tables.time_column!r}")
-    if tables.time_column is not None:
-        run.writer.content[TIMES] = merged_units([run.writer.content[TIMES], *facts])
     if num_left_out:
         run.notes.append(f"{num_left_out} interactions are {left_out} and dropped")
     engine.view(
@@ -461,12 +463,12 @@ def read_events(
             "SELECT count(*) FROM sequences s WHERE NOT EXISTS (SELECT 1 FROM users u WHERE u.user_id = s.user_id)",
             "users are not in the users table: their features are missing",
         )
-    return sequences, event_rows
+    return sequences, event_rows, rule
 
 
 def _read_event_part(
     columns: Mapping[str, str], tables: InteractionTables, event: dict[str, Feature], known_items: SortedKeys,
-    until: float | None, earlier: EarlierEvents | None, part: TablePart, folder: Path,
+    until: float | None, earlier: EarlierEvents | None, rule: TimeRule, part: TablePart, folder: Path,
 ) -> None:  # fmt: skip
     """Read a part of the events; those from `until` on, and those in `earlier` (for an append) are dropped."""
     num_repeated = 0
@@ -475,14 +477,16 @@ def _read_event_part(
         RowFile(folder / "events.parquet", schema) as event_file,
         RowFile(folder / "sequences.parquet", SEQUENCE) as sequence_file,
         FirstRows(sequence_file, "user_id", count="length") as first,
-        read_part(part, columns, folder) as (batches, units),
+        read_part(part, columns, folder) as (batches, summary),
     ):
         for check in batches:
             users, items = ids(check, tables.user_column), ids(check, tables.item_column)
             item = known_items.find(hash_strings(items))
             check.fail(item < 0, f"{tables.item_column} {{}} is not in {tables.items}", items)
-            time = np.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column)
+            of_rows = Times.zeros(len(item)) if tables.time_column is None else times(check, tables.time_column, rule)
+            time = of_rows.values
             ratings = relevances(check, tables.rating_column) if tables.rating_column else np.ones(len(item))
+            summary.add(check.batch, of_rows, check.good)  # also those that are dropped: they have the same unit
             ratings = ratings.astype(np.float32)  # tables may store float32, whose 4.1 is less than that of float64
             good = check.good
             if tables.min_rating is not None:
@@ -495,7 +499,6 @@ def _read_event_part(
             user_ids = hash_strings(users)
             features = canonical(check, event)
             good = good & check.good
-            units.add(time[good])
             if earlier is not None:
                 # events older than their user's newest existing event are marked bad
                 repeated, newest = np.zeros(len(good), bool), np.full(len(good), -np.inf)

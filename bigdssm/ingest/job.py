@@ -31,7 +31,8 @@ from bigdssm.dataset.rows import EVENT_COLUMNS
 from bigdssm.dataset.schema import SCHEMA_FILE, Schema
 from bigdssm.errors import ConfigError, DataError, UnavailableError
 from bigdssm.features import Feature, TextTokenizer, Vector, encode_columns
-from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch, TimeUnits
+from bigdssm.features.columns import ReportBad, RowCheck, SourceBatch
+from bigdssm.features.times import TimeSummary
 from bigdssm.ingest.dataset_writer import PARTITIONS, VERSIONS, BadSourceRow, DatasetWriter
 from bigdssm.ingest.documents import DistinctDocuments, canonical_columns
 from bigdssm.ingest.engines import (
@@ -134,13 +135,14 @@ def row_ordinals(part: TablePart, batch: SourceBatch, *, several: bool = False) 
 @contextmanager
 def read_part(
     part: TablePart, columns: Mapping[str, str], folder: Path, *, each_of: str | None = None
-) -> Iterator[tuple[Iterator[RowCheck], TimeUnits]]:
-    """Read a part: yield an iterator over its batches, to be validated, and the units, to add their times to.
+) -> Iterator[tuple[Iterator[RowCheck], TimeSummary]]:
+    """Read a part: yield an iterator over its batches, to be validated, and a summary, to add their times to.
 
     At the end counts and bad rows are written to `folder`. `columns` maps required columns to the options that name
     them, for messages. The list column `each_of` is unnested. Raises UnreadableTable.
     """
-    num_rows, num_good, last_row, units = 0, 0, 0, TimeUnits()
+    num_rows, num_good, last_row = 0, 0, 0
+    summary = TimeSummary()
     newest = deque[BadSourceRow](maxlen=MAX_REPORTED)
 
     def report_bad(file: str, row: int, reason: str, left_out: bool = True) -> None:
@@ -160,13 +162,13 @@ def read_part(
 
     with (folder / BAD).open("w", encoding="utf-8") as lines:
         try:
-            yield batches(), units
+            yield batches(), summary
         except UnavailableError:
             raise
         except DataError as error:
             message = error.message(columns) if isinstance(error, MissingColumn) else str(error)
             raise UnreadableTable(message, list(newest)) from None
-    write_facts(folder, num_rows=num_rows, num_good=num_good, last_row=last_row, **units.facts())
+    write_facts(folder, num_rows=num_rows, num_good=num_good, last_row=last_row, times=summary.facts())
 
 
 def bad_rows(folders: Iterable[Path]) -> Iterator[BadSourceRow]:

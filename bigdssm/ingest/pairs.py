@@ -23,8 +23,9 @@ from bigdssm.dataset.schema import Schema, SortedKeys, hash_rows, row_keys, shuf
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Feature, TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
-from bigdssm.features.columns import check_time_units, ids, relevances, strings
-from bigdssm.ingest.dataset_writer import AS_OF, PARTITIONS, SPLIT, TIMES, WITHDRAWALS
+from bigdssm.features.columns import ids, relevances, strings
+from bigdssm.features.times import DeclaredUnit, TimeRule
+from bigdssm.ingest.dataset_writer import AS_OF, PARTITIONS, SPLIT, WITHDRAWALS
 from bigdssm.ingest.documents import (
     DistinctDocuments,
     StoredDocuments,
@@ -62,6 +63,7 @@ from bigdssm.ingest.splits import (
     Splitter,
     recorded_split,
 )
+from bigdssm.ingest.times import declared_rule, record_times, time_rule
 from bigdssm.sources.base import Source
 from bigdssm.sources.beir import (
     COLLECTION,
@@ -122,10 +124,7 @@ def make_pairs(
     Raises DataError, ConfigError.
     """
     _check(config, tables, target)
-    splitter = Splitter(
-        tables.split or "random", tables.split_column, tables.fractions, target.seed, tables.whole_documents,
-        tables.split_times(),
-    )  # fmt: skip
+    _new_splitter(tables, target.seed, declared_rule(config, tables.time_unit))  # validates the options
     sources = [open_table(path) for path in tables.files]
     with ingestion(config, target, sources, tables, progress) as run:
         writer, engine = run.writer, run.engine
@@ -136,8 +135,11 @@ def make_pairs(
         id_columns = {"doc": tables.doc_id_column, "query": tables.query_id_column}
         writer.record_id_sources(**{side: "content" if name is None else "column" for side, name in id_columns.items()})
         base = schema_to_fit(config, writer.out if writer.append else None, target.like)
+        rule = time_rule(writer, config, tables.time_unit)
         if tables.split is None and (recorded := recorded_split(writer, get_args(PairSplit))):
-            splitter = Splitter.of_dataset(recorded, tables.split_column)
+            splitter = Splitter.of_dataset(recorded, tables.split_column, rule)
+        else:
+            splitter = _new_splitter(tables, target.seed, rule)
         schema_read = of_tables(base, config)
         columns = column_options(
             *feature_columns(schema_read.query, "query"), *feature_columns(schema_read.doc, "doc"),
@@ -164,7 +166,7 @@ def make_pairs(
                     f"{known_documents:,} documents of {tables.files[0]} are in {writer.out} already, whose split "
                     "keeps the rows of a document together; make the dataset again with all tables, or give --split"
                 )
-        splitter.divide(engine, folders, siamese=config.siamese)
+        splitter.divide(engine, writer, folders, siamese=config.siamese)
         if not writer.append:
             writer.content[SPLIT] = splitter.description
         splits = _sorted_splits(run, tables, splitter, [name for name, _ in spool_columns("q", schema_read.query)])
@@ -188,6 +190,19 @@ def make_pairs(
         return run.finish(schema, text, documents, entries, positives)
 
 
+def _new_splitter(tables: PairTables, seed: int, rule: TimeRule) -> Splitter:
+    """Return the splitter that the options describe. Raises ConfigError."""
+    return Splitter(
+        tables.split or "random",
+        tables.split_column,
+        tables.fractions,
+        seed,
+        tables.whole_documents,
+        split_times=tables.split_times(rule),
+        rule=rule,
+    )
+
+
 def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None:
     """Validate the combination of options. Raises ConfigError, DataError."""
     check_reserved_names([*config.doc, *config.filter], CATALOGUE_COLUMNS, "doc")
@@ -204,6 +219,10 @@ def _check(config: DataConfig, tables: PairTables, target: IngestTarget) -> None
         (
             bool(tables.beir) and target.append,
             f"--beir {tables.beir} would have the new partition only; leave it out with --append",
+        ),
+        (
+            tables.time_unit is not None and not target.append and tables.split != "time",
+            f"--time-unit {tables.time_unit} has no effect without --split time; leave it out",
         ),
         (
             config.siamese and not (tables.query_id_column and tables.doc_id_column),
@@ -227,7 +246,7 @@ def _read_pairs_part(
         RowFile(folder / "rows.parquet", row_schema) as row_file,
         RowFile(folder / "documents.parquet", document_schema(schema.documents)) as file,
         FirstRows(file, "doc_id") as documents,
-        read_part(part, columns, folder, each_of=tables.each_of) as (batches, units),
+        read_part(part, columns, folder, each_of=tables.each_of) as (batches, summary),
     ):
         for check in batches:
             query, doc = canonical(check, schema.query), canonical(check, schema.documents)
@@ -250,11 +269,11 @@ def _read_pairs_part(
             relevance = np.ones(len(query_ids))
             if tables.relevance_column:
                 relevance = relevances(check, tables.relevance_column)
-            split_columns = splitter.assign(check, query_ids)
+            split, unit, times = splitter.assign(check, query_ids)
             # Rows of split `none` add documents alone; in siamese datasets their queries are documents, too.
             no_query = missing(query, schema.query)
             if not schema.siamese:
-                no_query &= split_columns[0] < len(SPLITS)
+                no_query &= split < len(SPLITS)
             check.fail(no_query, "no query: its features are empty")
             ordinals = row_ordinals(part, check.batch, several=tables.each_of is not None)
             numbers = (
@@ -264,12 +283,14 @@ def _read_pairs_part(
                 doc_ids,
                 content_hash,
                 relevance,
-                *split_columns,
+                split,
+                unit,
+                times.values,
             )
             values = [pa.array(v).cast(t) for v, t in zip(numbers, ROW_COLUMNS.values(), strict=True)]
             good = pa.array(check.good)
             row_file.add(pa.Table.from_arrays([*values, *query.columns], names=row_schema.names).filter(good))
-            units.add(split_columns[2][check.good])
+            summary.add(check.batch, times, check.good)
             documents.add(stored.compare(document_rows(ordinals, content_hash, keys, title, doc).filter(good)))
             if schema.siamese:  # the queries are documents, too
                 query_keys = strings(check, str(tables.query_id_column))
@@ -392,6 +413,7 @@ class ItemTables(ColumnOptions):
     withdrawn: Path | str | Source | None = None  # only its item column is read
     item_column: str = "item_id"
     items_time_column: str | None = None  # start of validity of a row of items; None: one row per item
+    time_unit: DeclaredUnit | None = None  # of numbers in columns of times; None: data.time_unit
 
 
 def make_items(
@@ -401,6 +423,8 @@ def make_items(
 
     An item of `items` that was withdrawn is back, unless `withdrawn` has it, too. Raises DataError, ConfigError.
     """
+    if tables.time_unit is not None and tables.items_time_column is None:
+        raise ConfigError(f"--time-unit {tables.time_unit} needs --items-time-column")
     items = None if tables.items is None else open_table(tables.items)
     withdrawn = None if tables.withdrawn is None else open_table(tables.withdrawn)
     sources = [source for source in (items, withdrawn) if source is not None]
@@ -418,11 +442,12 @@ def make_items(
             documents = number_versions(engine, writer, rows) if has_times else number_documents(engine, writer)
         else:
             writer.record_times("items", tables.items_time_column is not None)
+            rule = time_rule(writer, config, tables.time_unit)
             documents, times = read_items(
-                run, tables.item_column, tables.items_time_column, of_tables(base, config), items
+                run, tables.item_column, tables.items_time_column, of_tables(base, config), items, rule
             )
-            where = f"{items.name}, column {tables.items_time_column!r}, with the events of {writer.out},"
-            check_time_units([writer.content[TIMES], *times] if times else [], where)
+            if times:
+                record_times(writer, rule, {f"{items.name}, column {tables.items_time_column!r}": times})
             sides = document_sides(engine, base, documents)
         # the items that are withdrawn, and those of `items` that are back
         files = catalogue_files(writer.out, writer.content, [WITHDRAWALS])

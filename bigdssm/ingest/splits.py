@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from bigdssm.config.keys import SPLITS
+from bigdssm.dataset.partition import CUT_OFFS
 from bigdssm.dataset.schema import uniform
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features.columns import RowCheck, TimeUnits, check_time_units, is_empty, parse_time, strings, times
+from bigdssm.features.columns import RowCheck, is_empty, strings
+from bigdssm.features.times import DeclaredUnit, TimeRule, Times, parse_time, times
 from bigdssm.ingest.dataset_writer import DATASET_FILE, SPLIT, DatasetWriter
 from bigdssm.ingest.engines import (
     LocalEngine,
@@ -25,12 +27,12 @@ from bigdssm.ingest.engines import (
     sort_key_to_float,
 )
 from bigdssm.ingest.job import ColumnOptions
+from bigdssm.ingest.times import record_times
 from bigdssm.utils.hashing import hash_strings
 
 DEFAULT_FRACTIONS = (0.05, 0.05)  # validation, test
-CUT_OFFS = ("validation_from", "test_from", "train_from")
 SplitTime = float | str | date | None
-"""A number in the unit of the table's times, or a date or ISO 8601 string (in seconds); None: not given."""
+"""A number in the unit of the table's times, or a date or ISO 8601 string; None: not given."""
 NAMES = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "none": len(SPLITS)}
 UNITS_PER_JOB = 1 << 20
 ROWS_PER_RUN = 1 << 20  # per sorted run of times
@@ -48,6 +50,8 @@ class SplitTimes:
 
     options: str = ""  # the command-line options that set them, for messages
     train_from: float = np.inf  # later rows are train rows; takes precedence over the others
+    given_numbers: tuple[float, ...] = ()  # those that were given as numbers, not as dates
+    has_seconds: bool = False  # whether dates were converted to seconds, because the unit was to be found
 
     @classmethod
     def of_dataset(cls, split: Mapping[str, Any]) -> "SplitTimes":
@@ -64,6 +68,12 @@ class SplitTimes:
         first, second = quantiles(engine, rows, shares)
         return cls(first, second, np.inf)
 
+    @property
+    def starts(self) -> list[float]:
+        """The finite cut-off times, ascending."""
+        times = (self.validation, self.test, self.train_from)
+        return sorted(time for time in times if np.isfinite(time))
+
     def as_json(self, engine: LocalEngine, table: str) -> dict[str, Any]:
         """Return the cut-off times of a table's rows for dataset.json, null for infinity."""
         ((newest,),) = engine.fetch(f"SELECT max(time) FROM {table}")
@@ -71,11 +81,18 @@ class SplitTimes:
         times = dict(zip(CUT_OFFS, (self.validation, self.test, end), strict=True))
         return {name: time if np.isfinite(time) else None for name, time in times.items()}
 
-    def check_units(self, facts: Sequence[Mapping[str, Any]], where: str) -> None:
-        """Raise DataError if the unit differs from a column's, given the facts of its parts."""
-        cut_offs = np.array([self.validation, self.test, self.until])
-        units = TimeUnits(cut_offs[np.isfinite(cut_offs)])
-        check_time_units([*facts, units.facts()], f"{where}, with {self.options},")
+    def check_unit(self, rule: TimeRule, where: str) -> None:
+        """Raise DataError if a cut-off time is in another unit than the times of a column, whose rule is `rule`."""
+        if self.has_seconds and rule.unit != "s":
+            raise DataError(
+                f"{where}, with {self.options}, mixes units of time: the column is in {rule.unit}; with --time-unit "
+                f"{rule.unit} dates are converted"
+            )
+        wrong = [time for time in self.given_numbers if not rule.accepts(np.array(time))]
+        if wrong:
+            raise DataError(
+                f"{where}, with {self.options}, mixes units of time: {wrong[0]:.15g} is given, needs {rule.needed}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +106,21 @@ class SplitOptions(ColumnOptions):
     validation_from: SplitTime = None  # split=time: start of validation; with test_from, replaces both fractions
     test_from: SplitTime = None
     until: SplitTime = None  # in addition: later rows are dropped
+    time_unit: DeclaredUnit | None = None  # of numbers in columns of times; None: data.time_unit
 
     @property
     def fractions(self) -> tuple[float, float]:
         """The fractions of validation and test."""
         return self.validation_fraction, self.test_fraction
 
-    def split_times(self) -> SplitTimes | None:
-        """Return the explicit cut-off times, or None: the fractions determine them. Raises ConfigError."""
+    def split_times(self, rule: TimeRule) -> SplitTimes | None:
+        """Return the explicit cut-off times, or None: the fractions determine them. Raises ConfigError.
+
+        `rule`: of the column of times.
+        """
         options = {"--validation-from": self.validation_from, "--test-from": self.test_from, "--until": self.until}
-        given = {option: parse_time(value) for option, value in options.items() if value is not None}
+        parsed = {option: parse_time(value, rule) for option, value in options.items() if value is not None}
+        given = {option: time for option, (time, _) in parsed.items()}
         if unparsed := [option for option, time in given.items() if not np.isfinite(time)]:
             raise ConfigError(f"{unparsed[0]} {options[unparsed[0]]!r} is neither a number nor an ISO-8601 time")
         if not given:
@@ -114,7 +136,14 @@ class SplitOptions(ColumnOptions):
         text = ", ".join(f"{option} {options[option]}" for option in given)
         if self.fractions != DEFAULT_FRACTIONS:
             raise ConfigError(f"{text}: fractions of validation and test would have no effect; leave them out")
-        times = SplitTimes(given["--validation-from"], given["--test-from"], given.get("--until", np.inf), text)
+        times = SplitTimes(
+            given["--validation-from"],
+            given["--test-from"],
+            given.get("--until", np.inf),
+            options=text,
+            given_numbers=tuple(time for time, is_date in parsed.values() if not is_date),
+            has_seconds=rule.unit is None and any(is_date for _, is_date in parsed.values()),
+        )
         if not times.validation <= times.test < times.until:
             raise ConfigError(f"{text}: validation comes before test, and test before the end")
         return times
@@ -163,28 +192,29 @@ class Splitter:
         seed: int,
         whole_documents: bool = False,
         split_times: SplitTimes | None = None,
+        rule: TimeRule | None = None,
     ) -> None:
-        """`split_times` replace the fractions of validation and test in a split by time."""
+        """`split_times` replace the fractions of validation and test in a split by time; `rule`: of its column."""
         check_fractions(*fractions)
         if whole_documents and kind != "random":
             raise ConfigError(f"--whole-documents needs --split random, not --split {kind}")
         if kind in ("time", "column") and column is None:
             raise ConfigError(f"--split {kind} needs --{'time' if kind == 'time' else 'split'}-column")
         self._kind, self._column, self._seed, self._whole_documents = kind, column, seed, whole_documents
-        self._fractions, self._split_times = fractions, split_times
+        self._fractions, self._split_times, self._rule = fractions, split_times, rule or TimeRule()
         self.description: dict[str, Any] = {"how": kind, "column": column}
         if kind == "random":
             self.description |= {"fractions": list(fractions), "seed": seed, "whole_documents": whole_documents}
 
     @classmethod
-    def of_dataset(cls, split: Mapping[str, Any], column: str | None) -> "Splitter":
+    def of_dataset(cls, split: Mapping[str, Any], column: str | None, rule: TimeRule) -> "Splitter":
         """Return the splitter for a recorded split; `column` replaces its column. Raises ConfigError: it has none."""
         if column is not None and split["how"] == "random" and split.get("column") is None:
             raise ConfigError("--group-column: the dataset is split by query; leave it out, or give --split")
         split_times = SplitTimes.of_dataset(split) if split["how"] == "time" else None
         return cls(
             split["how"], column or split.get("column"), tuple(split.get("fractions", DEFAULT_FRACTIONS)),
-            split.get("seed", 0), split.get("whole_documents", False), split_times,
+            split.get("seed", 0), split.get("whole_documents", False), split_times, rule,
         )  # fmt: skip
 
     @property
@@ -205,39 +235,42 @@ class Splitter:
             "train": "",
         }[self._kind]
 
-    def assign(self, check: RowCheck, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the rows' splits, units and times: int64, int64, float64 [rows].
+    def assign(self, check: RowCheck, query_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, Times]:
+        """Return the rows' splits and units, int64 [rows], and their times.
 
         A random split keeps the rows of a unit together. `divide` assigns splits by time, and splits of units joined by
         documents.
         """
         zeros = np.zeros(len(query_ids), np.int64)  # in place of values that the kind of split does not use
+        no_times = Times.zeros(len(query_ids))
         if self._kind == "time":
-            return zeros, zeros, times(check, str(self._column))
+            return zeros, zeros, times(check, str(self._column), self._rule)
         if self._kind == "column":
             names = strings(check, str(self._column))
             numbers = np.array([NAMES.get(value.lower(), -1) for value in names.to_pylist()], np.int64)
             check.fail(numbers < 0, f"{self._column} is {{}}, needs train, validation, test or none", names)
-            return numbers, zeros, zeros
+            return numbers, zeros, no_times
         if self._kind == "train":
-            return zeros, query_ids, zeros
+            return zeros, query_ids, no_times
         units = query_ids
         if self._column is not None:  # a row without a group is grouped by query
             groups = strings(check, self._column)
             units = np.where(is_empty(groups), query_ids, hash_strings(groups))
-        return self._random_splits(units), units, zeros
+        return self._random_splits(units), units, no_times
 
-    def divide(self, engine: LocalEngine, folders: Sequence[Path], *, siamese: bool = False) -> None:
+    def divide(
+        self, engine: LocalEngine, writer: DatasetWriter, folders: Sequence[Path], *, siamese: bool = False
+    ) -> None:
         """Create the view `assigned_rows`: the rows of `pair_rows` with their splits.
 
         Completes `description`, from which `of_dataset` restores the splitter for an append. `folders` are the outputs
         of the read step. Raises DataError: times in several units.
         """
         if self._kind == "time":
-            facts = [read_facts(folder) for folder in folders]
-            check_time_units(facts, f"column {self._column!r}")
+            where = f"column {self._column!r}"
+            rule = record_times(writer, self._rule, {where: [read_facts(folder)["times"] for folder in folders]})
             if self._split_times is not None:
-                self._split_times.check_units(facts, f"column {self._column!r}")
+                self._split_times.check_unit(rule, where)
             validation, test = self._fractions
             rows = RowTable.of(folder / "rows.parquet" for folder in folders)
             shares = (1 - validation - test, 1 - test)

@@ -1,8 +1,6 @@
 """Batches: one rank's rows of a step as tensors, their building from rows, and their transfer to the device."""
 
-import io
-import pickle
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +22,6 @@ from bigdssm.utils.device import to_device
 
 T = TypeVar("T")
 SIDES = ("query", "doc")
-ALIGNMENT = 64  # bytes: a cache line
 
 Features = dict[str, Tensor]
 """The features of one side by name, one tensor row per query or document, see `Feature.array`.
@@ -140,7 +137,7 @@ class Batch:
     negatives: Tensor | None = None  # int64 [m, k]: columns of hard negatives, -1 for none
     time: Tensor | None = None  # float64 [m]: of the queries' targets, with `since`; NaN: unknown
     since: Tensor | None = None  # float64 [n]: time from which a document is available; None: items have no times
-    undrawn: Tensor | None = None  # bool [n]: whether a catalogue column is no negative; None: all are negatives
+    no_negative: Tensor | None = None  # bool [n]: whether a column is no negative of any query; None: none is
     teacher: Tensor | None = None  # float32 [m, 1 + k]: teacher scores of the positive and the negatives, NaN for none
     shown: Tensor | None = None  # int64 [m, 1 + k]: positions where the pairs were shown, from 1; 0: unknown
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
@@ -175,28 +172,6 @@ class Batch:
         num_queries = None if self.query_positions is None else len(self.query_ids)
         return SideSize(len(self.row_ids), query, num_queries), SideSize(len(self.doc_ids), doc)
 
-    def __reduce__(self) -> "tuple[Callable[..., Batch], tuple[Any, ...]]":
-        """Pickle with all tensors as one: between processes each tensor is a shared memory file to open."""
-        tensors: list[Tensor] = []
-
-        def without_tensors(part: Any) -> int | None:
-            if isinstance(part, Tensor):
-                tensors.append(part)
-            return len(tensors) - 1 if isinstance(part, Tensor) else None
-
-        file = io.BytesIO()
-        pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)
-        pickler.persistent_id = without_tensors  # type: ignore[method-assign]
-        pickler.dump({f.name: getattr(self, f.name) for f in fields(self)})
-        slots, end = [], 0  # byte offset, type and shape of each tensor
-        for tensor in tensors:
-            slots.append((end, tensor.dtype, tensor.shape))
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        buffer = torch.empty(end, dtype=torch.uint8)
-        for tensor, view in zip(tensors, _views(buffer, slots), strict=True):
-            view.copy_(tensor)
-        return _unpacked, (file.getvalue(), buffer, slots)
-
     def tensors(self) -> list[Tensor]:
         """Return all tensors."""
         tensors: list[Tensor] = []
@@ -205,29 +180,6 @@ class Batch:
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
             tensors += [part for part in parts if isinstance(part, Tensor)]
         return tensors
-
-
-def _views(buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> list[Tensor]:
-    return [
-        buffer[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        for offset, dtype, shape in slots
-    ]
-
-
-def _unpacked(content: bytes, buffer: Tensor, slots: Sequence[tuple[int, torch.dtype, torch.Size]]) -> Batch:
-    """Return the batch that was pickled; its tensors are views of `buffer`."""
-    return Batch(**_WithTensors(io.BytesIO(content), _views(buffer, slots)).load())
-
-
-class _WithTensors(pickle.Unpickler):
-    """Unpickles a batch of a loader process of this run, given its tensors."""
-
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: int) -> Tensor:
-        return self._tensors[pid]
 
 
 class Collator:

@@ -29,7 +29,8 @@ from bigdssm.features import TextTokenizer, encode_columns
 from bigdssm.features.canonical import canonical, missing
 from bigdssm.features.columns import RowCheck
 from bigdssm.features.ragged import Column, from_arrow
-from bigdssm.loader.stream import LoadedStep, RowStream, WorkerSteps
+from bigdssm.loader.stream import RowStream
+from bigdssm.loader.workers import LoadedStep, Peers, WorkerSteps
 from bigdssm.sources.base import TableFile
 from bigdssm.sources.text import KEY, TEXT_SUFFIXES, check_shard, is_text, record_batch, record_of
 from bigdssm.utils.hashing import derive_key, hash64, hash_strings
@@ -144,9 +145,9 @@ class _Samples(WorkerSteps[T]):
             dataset, paths, rows_per_step, key, steps
         )  # fmt: skip
 
-    def read(self, process: int, processes: int) -> Iterator[LoadedStep[Rows]]:
-        """Yield the steps at the indices `process`, `process` + `processes`, …."""
-        seed = derive_key(self._key, process)
+    def read(self, peers: Peers) -> Iterator[LoadedStep[Rows]]:
+        """Yield the steps at the indices `peers.process`, `peers.process` + `peers.processes`, …."""
+        seed = derive_key(self._key, peers.process)
         pipeline = wds.DataPipeline(
             wds.ResampledShards([str(path.absolute()) for path in self._paths], seed=seed, deterministic=True),
             _checked_shards,
@@ -154,7 +155,7 @@ class _Samples(WorkerSteps[T]):
             wds.shuffle(SHUFFLED_SAMPLES, initial=SHUFFLED_SAMPLES // 5, seed=seed),
         )
         converter, samples = _SampleConverter(self._dataset), iter(pipeline)
-        for step in self._steps[process::processes]:
+        for step in self._steps[peers.process :: peers.processes]:
             parts: list[Rows] = []
             bad: list[BadRow] = []
             for _ in range(ATTEMPTS):

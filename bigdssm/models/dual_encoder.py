@@ -236,11 +236,16 @@ class DualEncoder(nn.Module):
         histories = histories_of(self.schema.query).values()
         return [] if self.config.query.history.items == "id" else [str(feature.of) for feature in histories]
 
-    def set_contents(self, contents: Tensor) -> None:
-        """Set the contents of items [1 + documents, D] that histories read; the first row is zero."""
+    def set_contents(self, contents: Tensor) -> Tensor:
+        """Set the contents of items [1 + documents, D] that histories read, and return the previous ones.
+
+        The first row is zero.
+        """
+        previous = contents
         for encoder in self.query_tower.encoders.values():
             if isinstance(encoder, HistoryEncoder):
-                encoder.contents = contents
+                previous, encoder.contents = encoder.contents, contents
+        return previous
 
     def load_towers(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
         """Load all weights of a model without a scorer, and initialize this model's scorer, if any.

@@ -264,15 +264,21 @@ def approximate_search(documents: DocumentVectors, num_docs: int, share: Share) 
     if not len(present):
         return exact_search(documents)
     of_hit = torch.from_numpy(np.append(present, -1)).to(documents.vectors.device)  # the last one: no hit
+    newest_last = None if documents.since is None else documents.since[of_hit[:-1]].sort().values
 
     def search(queries: Tensor, top: int, excluded: ExcludedDocuments) -> Tensor:
         rows, positions = excluded.rows, excluded.positions
         # search deeper by the largest number of exclusions, so that `top` remain
         most = int(torch.bincount(rows, minlength=1).max())
+        if excluded.times is not None and newest_last is not None:
+            available = torch.searchsorted(newest_last, excluded.times.nan_to_num(torch.inf), right=True)
+            most += min(top, len(newest_last) - int(available.min()))
         scores, hits = (torch.from_numpy(part) for part in index.search(queries.cpu().numpy(), top + most))
         scores, hits = scores.to(queries.device), of_hit[hits.to(queries.device)]
         pairs = torch.arange(len(queries), device=hits.device)[:, None] * num_docs + hits
         left_out = (hits < 0) | torch.isin(pairs, rows * num_docs + positions)
+        if excluded.times is not None and documents.since is not None:
+            left_out |= documents.since[hits] > excluded.times[:, None]
         keys = pack_keys(scores.masked_fill(left_out, float("-inf")), hits.clamp(min=0) + documents.first)
         return keys.topk(top, dim=1).values
 

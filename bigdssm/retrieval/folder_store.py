@@ -116,6 +116,7 @@ class FolderStore(Store):
         """Create an empty index folder, or replace the description of an existing collection."""
         name = collection.name
         self._check_name(name)
+        self.check_new_collection(name)
         if (self.root / name).is_symlink():
             raise ConfigError(f"collection {name}: it is the name of an alias; choose another one")
         existing = self.collections().get(name)
@@ -220,7 +221,7 @@ class FolderStore(Store):
         """Replace the link of an alias. Raises ConfigError: the name of a collection; DataError: `check_complete`."""
         self._check_name(alias)
         link = self.root / alias
-        self.check_complete(name)
+        self.check_switch(alias, name)
         if link.exists() and not link.is_symlink():
             raise ConfigError(f"alias {alias}: it is the name of a collection or another file; choose another one")
         current = self.aliases().get(alias)

@@ -33,7 +33,7 @@ from bigdssm.retrieval.vectors import (
     write_file,
     write_meta,
 )
-from bigdssm.stores.base import Store
+from bigdssm.stores.base import FORGOTTEN, Store
 from bigdssm.utils.array_file import open_arrow, read_seal, seal
 from bigdssm.utils.atomic import Changes
 from bigdssm.utils.hashing import hash_strings, json_checksum
@@ -108,8 +108,8 @@ def forget_in_collection(
 ) -> tuple[dict[str, Any], list[str]]:
     """Delete items from a collection and its files; return a record, and the places that may still have the ids.
 
-    A tombstone rejects their late writes. Documents that have an id of `users` or `items` as a value stay. Raises
-    DataError: another process publishes to the collection.
+    A tombstone rejects all later writes of them to this collection. Documents that have an id of `users` or `items` as
+    a value stay. Raises DataError: another process publishes to the collection.
     """
     with store.publishing(name):
         collection, left = store.collections()[name], list[str]()
@@ -117,7 +117,7 @@ def forget_in_collection(
         if not dry_run:
             if items:
                 for first in range(0, len(items), ROWS_AT_ONCE):
-                    store.delete(collection, items[first : first + ROWS_AT_ONCE], collection.version)
+                    store.delete(collection, items[first : first + ROWS_AT_ONCE], FORGOTTEN)
                 if collection.published:
                     store.finish(collection)  # so that servers drop cached answers
                 left += store.compact(collection)  # without a match, too: of documents that were withdrawn before

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import DataError
@@ -180,16 +180,19 @@ class HardNegatives:
 
 
 class UniformNegatives:
-    """Documents sampled uniformly from a catalogue, except withdrawn ones, in place of hard negatives."""
+    """Documents sampled uniformly from those that may be negatives of a query, in place of hard negatives."""
 
-    def __init__(self, num_docs: int, withdrawn: np.ndarray = NO_ROWS) -> None:
-        self._num_candidates, self._withdrawn = num_docs - len(withdrawn), withdrawn
+    def __init__(self, documents: NegativeDocuments) -> None:
+        self._documents = documents
 
-    def sample(self, rows: Rows, epoch: int, seed: int, k: int) -> SampledNegatives:
-        """Sample k documents per query, as deterministic as `sample_positions`; repeated draws become -1."""
+    def sample(self, rows: Rows, epoch: int, seed: int, k: int, times: np.ndarray | None = None) -> SampledNegatives:
+        """Sample k documents per query, as deterministic as `sample_positions`; repeated draws become -1.
+
+        times: of the queries, float64 [m]; None: unknown.
+        """
         keys = mix64(_query_ids(rows), derive_key(seed, epoch))
-        draws = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0) % np.uint64(self._num_candidates)
-        drawn = np.sort(candidate_rows(draws.astype(np.int64), self._withdrawn), axis=1)
+        random = mix64(keys[:, None] ^ mix64(np.arange(k), 0), 0)
+        drawn = np.sort(self._documents.draw(random, np.full(len(keys), np.nan) if times is None else times), axis=1)
         drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = -1
         return SampledNegatives(drawn)
 

@@ -9,7 +9,7 @@ Files are memory-mapped, so processes on a machine share their pages.
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.catalogue import NO_ROWS
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError, UnknownKeyError
 from bigdssm.features.conditions import Expression
 from bigdssm.features.ragged import Ragged
 from bigdssm.retrieval.embed import check_width
@@ -258,11 +258,11 @@ class Index:
         return cosines[best], rows[best]
 
     def row(self, key: str) -> int:
-        """Return the catalogue row of a document. Raises DataError: no document has this key."""
+        """Return the catalogue row of a document. Raises UnknownKeyError: no document has this key."""
         check_utf8([key])
         row: int = pc.index(self.keys, pa.scalar(key, pa.string())).as_py()  # 100 times as fast as index_in
         if row < 0:
-            raise DataError(f"no document has the key {key!r}")
+            raise UnknownKeyError(f"no document has the key {key!r}")
         return row
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
@@ -409,6 +409,7 @@ class StoreIndex:
     collection: Collection
     num_docs: int  # when it was opened
     dataset: Dataset | None = None
+    stored_withdrawn: set[str] = field(default_factory=set, compare=False)  # keys that the collection still has
 
     @cached_property
     def filters(self) -> StoreFilters:
@@ -435,8 +436,16 @@ class StoreIndex:
         self.collection.check_model(model)
 
     def of_dataset(self, dataset: Dataset) -> "StoreIndex":
-        """Return the index with a dataset, from whose documents it may differ."""
-        return replace(self, dataset=dataset)
+        """Return the index without the documents that `dataset` withdraws; others may be newer or older than it."""
+        return replace(self, dataset=dataset, stored_withdrawn=set())
+
+    @cached_property
+    def _withdrawn(self) -> frozenset[str]:
+        """The keys of the documents that the dataset withdraws."""
+        if self.dataset is None:
+            return frozenset()
+        catalogue = self.dataset.whole.catalogue
+        return frozenset(catalogue.keys(catalogue.withdrawn))
 
     def query_vectors(self, vectors: np.ndarray) -> np.ndarray:
         """Truncate to the width of the collection."""
@@ -448,20 +457,36 @@ class StoreIndex:
         exclude = [list(query.exclude) for query in queries]
         if self.dataset is not None:
             exclude = [[*self.dataset.catalogue.keys(query.excluded), *query.exclude] for query in queries]
-        with self._present():
-            return self.store.search(self.collection, self.query_vectors(vectors), top, where, exclude)
+        return self._search(self.query_vectors(vectors), top, where, exclude)
+
+    def _search(
+        self, vectors: np.ndarray, top: int, where: Expression | None, exclude: Sequence[Sequence[str]]
+    ) -> list[list[ScoredDocument]]:
+        """Search without the documents that the dataset withdraws.
+
+        Few of them are in a collection, so those that a search finds are excluded from the next ones.
+        """
+        depth = top
+        while True:
+            excluded = [[*keys, *self.stored_withdrawn] for keys in exclude]
+            with self._present():
+                results = self.store.search(self.collection, vectors, depth, where, excluded)
+            withdrawn = self._withdrawn.intersection(document.key for result in results for document in result)
+            if not withdrawn:
+                return [result[:top] for result in results]
+            self.stored_withdrawn.update(withdrawn)
+            depth *= 2  # if there are many, few searches find all
 
     def similar_documents(self, key: str, top: int, exclude: Sequence[str]) -> list[ScoredDocument]:
-        """Re-rank the documents with the largest inner products by cosine. Raises DataError: no such document."""
+        """Re-rank the documents with the largest inner products by cosine. Raises UnknownKeyError: no such document."""
         own = self.stored_vectors([key])
         if key not in own:  # deleted since the caller read it
-            raise DataError(f"no document has the key {key!r}")
+            raise UnknownKeyError(f"no document has the key {key!r}")
         vector = own[key].vector
         query = vector.copy()[None]
         query[:, query.shape[1] - self.has_beta :] = 0
         candidates = SIMILAR_CANDIDATES * (top + 1)
-        with self._present():
-            (documents,) = self.store.search(self.collection, query, candidates, None, [[key, *exclude]])
+        (documents,) = self._search(query, candidates, None, [[key, *exclude]])
         stored = self.stored_vectors([document.key for document in documents])
         documents = [document for document in documents if document.key in stored]  # not deleted meanwhile
         others = np.stack([stored[document.key].vector for document in documents]) if documents else vector[None][:0]

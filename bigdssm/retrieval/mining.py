@@ -21,6 +21,7 @@ from numpy.lib.format import open_memmap
 
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import find_sorted, pair_hash
 from bigdssm.errors import BigDSSMError, ConfigError, DataError, DivergedError
@@ -105,6 +106,7 @@ def mine(
     documents: DocumentVectors | None = None,
     share: Share = WHOLE,
     exclude_seen: bool | str = True,
+    negatives: NegativeDocuments | None = None,
 ) -> np.ndarray:
     """Mine this rank's `window_records`: documents at ranks [first, last) per training query.
 
@@ -113,10 +115,12 @@ def mine(
     it is a document) are removed before ranking. Windows are padded with -1 behind the last document and, with
     `margin`, for documents that score above the target's score minus the margin. In a catalogue of more than
     `exact_up_to` documents each rank searches an approximate index of its share, and the log reports its recall.
-    `documents` are the rank's share of the catalogue's index vectors, if already encoded. All ranks must call it.
-    Raises: ConfigError: no document has a rank of at least `first`; DivergedError: a vector is not finite.
+    `documents` are the rank's share of the catalogue's index vectors, if already encoded. `negatives` are the documents
+    that may be mined, each for the queries from its time on; by default those of a model without id_dropout. All ranks
+    must call it. Raises: ConfigError: no document has a rank of `first` or more; DivergedError: a vector is not finite.
     """
-    num_docs, num_candidates = dataset.catalogue.num_docs, dataset.catalogue.num_candidates
+    negatives = NegativeDocuments.of(dataset, id_dropout=0.0) if negatives is None else negatives
+    num_docs, num_candidates = negatives.num_docs, negatives.num_docs - len(negatives.undrawn)
     if first >= num_candidates:
         raise ConfigError(
             f"hard negatives from first={first}: the ranks of {num_candidates} documents are 0 to "
@@ -126,6 +130,12 @@ def mine(
         documents = encode_catalogue(encoders, dataset.catalogue, share)
     error = DivergedError("the model's vectors hold NaN or inf; nothing mined")
     distributed.raise_together(None if all_finite(documents.vectors) else error)
+    documents = replace(documents, withdrawn=negatives.undrawn)
+    times = None
+    if negatives.since is not None:
+        times = dataset.request_times
+        since = torch.from_numpy(negatives.since[documents.first : documents.first + len(documents)])
+        documents = replace(documents, since=since.to(documents.vectors.device))
     last = min(last, num_docs)
     excluded = excluded_documents(dataset, exclude_seen)
     known_positives = TrainPositives.of(dataset, share, exclude_seen).pairs if exclude_seen else None
@@ -135,7 +145,7 @@ def mine(
     windows = [np.zeros((0, last - first), np.int32)]
     chunks = encode_queries(encoders, dataset, "train", share, rows)
     at_once = min(QUERIES_AT_ONCE, RESULTS_AT_ONCE // last)
-    for number, batch in enumerate(rounds(chunks, documents, excluded, at_once, known_positives)):
+    for number, batch in enumerate(rounds(chunks, documents, excluded, at_once, known_positives, times)):
         if not all_finite(batch.vectors):  # replicated: all ranks raise
             raise error
         if approximate and number == 0:

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from bigdssm.checkpoints.checkpoint import check_file
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.stamps import describe_stamp
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.features.base import ColumnType
 from bigdssm.retrieval.vectors import (
@@ -54,6 +56,15 @@ class PublishReport:
     deleted: int
     unchanged: int
     overlap: NeighbourOverlap | None = None  # with the collection to compare
+    rejected: tuple[str, ...] = ()  # keys of documents that the collection does not accept: `forget` has removed them
+
+
+@dataclass(frozen=True)
+class DocumentDifference:
+    """Result of `compare_documents`."""
+
+    missing: tuple[str, ...]  # keys that the collection lacks
+    extra: tuple[str, ...]  # keys that only the collection has
 
 
 @dataclass(frozen=True)
@@ -101,10 +112,11 @@ def publish(
     """Make the collection `name` equal to a vectors folder of `dataset`; only differences are written.
 
     By default the name is the beginning of the model's checksum. Documents that are withdrawn, or no longer in the
-    folder, are deleted. An interrupted call is continued by the next one. `compare` is another collection, or an alias,
-    for `measure_overlap`. Raises: CheckpointError: the vectors are of
-    another dataset; ConfigError: the collection is of another model or has other columns; DataError: it has a later
-    version of the dataset, or another process publishes to it.
+    folder, are deleted; those that `forget` has removed from the collection stay away, and are reported. An interrupted
+    call is continued by the next one. `compare` is another collection, or an alias, for `measure_overlap`. Raises:
+    CheckpointError: the vectors are of another dataset; ConfigError: the collection is of another model or has other
+    columns, or an alias has its name; DataError: it was published from a later state of the dataset, or another process
+    publishes to it.
     """
     dataset, meta = dataset.whole, read_meta(vectors_dir)
     if meta.dataset_fingerprint != dataset.fingerprint:
@@ -113,14 +125,14 @@ def publish(
             f"{dataset.fingerprint[:12]}; embed it again"
         )
     folder = _Folder(vectors_dir, dataset)
-    version = sum(extent.partitions for extent in dataset.extents)
     filterable = dataset.catalogue.filterable.items()
     features = {name: feature for name, feature in filterable if feature.column_type is not None}
     types = {name: feature.column_type for name, feature in features.items()}
     collection = Collection(
-        name or meta.model_checksum[:NAME_DIGITS], meta.model_checksum, meta.dataset_fingerprint, version, meta.width,
-        meta.has_beta, meta.score, 0.0, cast(dict[str, ColumnType], types), store.options(),
+        name or meta.model_checksum[:NAME_DIGITS], meta.model_checksum, meta.dataset_fingerprint, dataset.stamp,
+        meta.width, meta.has_beta, meta.score, 0.0, cast(dict[str, ColumnType], types), store.options(), publication=1,
     )  # fmt: skip
+    store.check_new_collection(collection.name)
     previous = None if compare is None else store.collection(compare)
     with store.publishing(collection.name):
         existing = store.collections().get(collection.name)
@@ -131,13 +143,16 @@ def publish(
                         f"collection {collection.name} has {what} {theirs}, these vectors have {ours}; choose another "
                         "name with --as"
                     )
-            if existing.version > version:
+            if existing.version > dataset.stamp:
                 raise DataError(
-                    f"collection {collection.name} has version {existing.version} of the dataset, {vectors_dir} is of "
-                    f"version {version}: newer documents would be lost; embed the dataset again"
+                    f"collection {collection.name} was published from a dataset {describe_stamp(existing.version)}, "
+                    f"{dataset.dir} is an earlier one {describe_stamp(dataset.stamp)}: later documents would be lost; "
+                    "publish the later dataset, build or append to this one again, or choose another name with --as"
                 )
-            options = store.options(existing.options)
-            collection = replace(collection, published=existing.published, radius=existing.radius, options=options)
+            collection = replace(
+                collection, published=existing.published, radius=existing.radius,
+                options=store.options(existing.options), publication=existing.next_publication,
+            )  # fmt: skip
         lengths = np.concatenate([np.linalg.norm(chunk, axis=1) for chunk in folder.vectors.chunks(65_536)])
         if not collection.radius:
             collection = replace(collection, radius=MARGIN * float(lengths.max()))
@@ -149,7 +164,7 @@ def publish(
                 collection.name, longer, collection.radius,
             )  # fmt: skip
         store.create(collection)
-        stored, written = store.contents(collection), 0
+        version, stored, written = collection.publication, store.contents(collection), 0
         for first, documents in _batches(folder, dataset, features, collection.radius):
             pairs = zip(documents.keys, documents.contents.tolist(), strict=True)
             new = np.array([stored.pop(key, None) != content for key, content in pairs], bool)
@@ -162,18 +177,35 @@ def publish(
             progress("documents compared", first + len(new), meta.num_docs)
         deleted = list(stored)
         withdrawn = folder.keys.filter(pa.array(folder.withdrawn)).to_pylist()
-        # Withdrawn documents that are not stored, too: a writer of an earlier version may be late.
+        # Withdrawn documents that are not stored, too: a writer of an earlier publication may be late.
         if keys := sorted({*deleted, *withdrawn}):
             for first in range(0, len(keys), ROWS_AT_ONCE):
                 store.delete(collection, keys[first : first + ROWS_AT_ONCE], version)
         store.finish(collection)
-        unchanged = int((~folder.withdrawn).sum()) - written
-        overlap, collection = None, store.collection(collection.name)
+        collection = store.check_complete(collection.name)
+        num_docs, rejected = int((~folder.withdrawn).sum()), ()
+        if store.count(collection) < num_docs:
+            accepted = store.contents(collection)
+            keys = folder.keys.filter(pa.array(~folder.withdrawn)).to_pylist()
+            rejected = tuple(key for key in keys if key not in accepted)
+        unchanged, overlap = num_docs - written, None
         if previous is not None and previous.name != collection.name:
             keys = folder.keys.filter(pa.array(~folder.withdrawn))
             rows = np.random.default_rng(0).permutation(len(keys))[: 10 * SAMPLE]
             overlap = measure_overlap(store, collection, previous, keys.take(pa.array(rows)).to_pylist())
-        return PublishReport(collection, written, len(deleted), unchanged, overlap)
+        return PublishReport(collection, written - len(rejected), len(deleted), unchanged, overlap, rejected)
+
+
+def compare_documents(store: Store, collection: Collection, other: Collection | Dataset) -> DocumentDifference:
+    """Compare the keys of a collection with those of another one, or with the documents of a dataset now."""
+    if isinstance(other, Collection):
+        expected = set(store.contents(other))
+    else:
+        catalogue = other.whole.catalogue
+        rows = np.setdiff1d(np.arange(catalogue.num_docs), catalogue.withdrawn)
+        expected = set(catalogue.keys(rows)) - {""}
+    stored = set(store.contents(collection))
+    return DocumentDifference(tuple(sorted(expected - stored)), tuple(sorted(stored - expected)))
 
 
 def measure_overlap(
@@ -229,20 +261,28 @@ def _batches(
 
 def measure_recall(
     store: Store, collection: Collection, vectors_dir: Path, queries: np.ndarray | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | None = None, rejected: Sequence[str] = (),
 ) -> RecallReport:  # fmt: skip
     """Compare answers of a store with the exact inner products of the vectors folder that it was published from.
 
     `queries` are float32 [m, D+1]; None: SAMPLE document vectors, whose beta is replaced by 1 as that of queries, and
-    which have length 1 if the score is a cosine. `dataset` has the withdrawals of `publish`. Raises: CheckpointError:
-    the folder is of another model; DataError: the number of documents differs.
+    which have length 1 if the score is a cosine. `dataset` has the withdrawals of `publish`, and `rejected` is that of
+    its report. Raises: CheckpointError: the folder is of another model; DataError: the number of documents differs, or
+    there are none.
     """
     folder = _Folder(vectors_dir, None if dataset is None else dataset.whole)
     collection.check_model(folder.meta.model_checksum)
+    if rejected:
+        folder.withdrawn |= pc.is_in(folder.keys, pa.array(rejected, folder.keys.type)).to_numpy()
     num_docs, stored = int((~folder.withdrawn).sum()), store.count(collection)
     if num_docs != stored:
         raise DataError(
             f"collection {collection.name} has {stored} documents, {vectors_dir} has {num_docs}; publish it again"
+        )
+    if not num_docs:
+        raise DataError(
+            f"collection {collection.name} is empty: all {folder.meta.num_docs} documents of {vectors_dir} are "
+            "withdrawn, so there is no answer to measure; publish documents first"
         )
     if queries is None:
         rows = np.flatnonzero(~folder.withdrawn)

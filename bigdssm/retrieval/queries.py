@@ -20,7 +20,7 @@ from bigdssm.dataset.catalogue import NO_ROWS, Catalogue, MappedTable
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import FORGOTTEN_ID, TIME_COLUMN
 from bigdssm.dataset.schema import Schema
-from bigdssm.errors import ConfigError, DataError
+from bigdssm.errors import ConfigError, DataError, UnknownKeyError
 from bigdssm.features import (
     PADDING,
     Categorical,
@@ -41,9 +41,9 @@ from bigdssm.features import (
 )
 from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX, ColumnType
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.features.columns import DATED, THIS_CENTURY, TimeUnits, check_time_units
 from bigdssm.features.conditions import Expression, evaluate, parse_filter, resolve
 from bigdssm.features.ragged import gather_ranges, joined
+from bigdssm.features.times import mixes_units
 from bigdssm.retrieval.index_types import AllowedDocuments
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.utils.arguments import check_utf8
@@ -126,6 +126,7 @@ class Query:
     columns: dict[str, Column]
     top: int
     seen: np.ndarray  # int64: catalogue rows of the events, oldest first
+    unknown_user: bool  # the user of the request does not exist
     unknown: tuple[str, ...]  # event items that match no document
     unknown_excluded: tuple[str, ...]  # keys of `Request.exclude` of no document
     excluded: np.ndarray  # int64: catalogue rows
@@ -158,7 +159,11 @@ class Queries:
     def of(self, request: Request, as_of: float | None = None) -> Query:
         """Resolve a request; stored events after `as_of`, in seconds since 1970, are ignored.
 
-        Raises: ConfigError, DataError: invalid for this model, or an unknown user.
+        An unknown user has no stored events: the events of the request are its history. Without any, a model that was
+        trained without `empty_histories` has no answer.
+
+        Raises: ConfigError: invalid for this model; UnknownKeyError: an unknown document, or an unknown user without
+        events.
         """
         features, dataset = request.features or {}, self._dataset
         # Strings that are not UTF-8 (lone surrogates from JSON) would fail later, in hashing or in the answer.
@@ -180,20 +185,26 @@ class Queries:
         query = self._schema.query.items()
         columns = {name: encode_values(feature, [feature.missing], self._tokenizer) for name, feature in query}
         stored, query_document = PastEvents.none(self._schema), NO_ROWS
+        unknown_user = False
         if request.user is not None:
             if dataset is None:
                 raise ConfigError("this model is served without users; describe the query by its features")
             until = request.now
             if as_of is not None and dataset.has_times:
                 until = min(as_of / dataset.header.time_unit, np.inf if until is None else until)
-            user_columns, stored = read_user(dataset, request.user, until, allow_unknown=self._schema.empty_histories)
-            columns |= user_columns
+            user = read_user(dataset, request.user, until)
+            unknown_user = user is None
+            if user is not None:
+                user_columns, stored = user
+                columns |= user_columns
+            elif request.events is None and not self._schema.empty_histories:
+                raise unknown_user_error(dataset, request.user)
         if request.document is not None:
             if not self._schema.siamese or dataset is None:
                 raise ConfigError("queries of this model are not documents; describe the query by its features")
             query_document = dataset.catalogue.rows_by_key([request.document])
             if query_document[0] < 0:
-                raise DataError(f"no document has the key {request.document!r}")
+                raise UnknownKeyError(f"no document has the key {request.document!r}")
             columns |= dataset.catalogue.columns(query_document)
         if dataset is not None:
             check_now(dataset, request.now)
@@ -231,7 +242,17 @@ class Queries:
         by_key = NO_ROWS if dataset is None else dataset.catalogue.rows_by_key(keys)
         unknown_excluded = tuple(key for key, row in zip(keys, by_key.tolist(), strict=False) if row < 0)
         excluded = np.concatenate([seen_rows, query_document, by_key[by_key >= 0]])
-        return Query(columns, request.top, seen, unknown, unknown_excluded, excluded, tuple(keys), allowed)
+        return Query(
+            columns=columns,
+            top=request.top,
+            seen=seen,
+            unknown_user=unknown_user,
+            unknown=unknown,
+            unknown_excluded=unknown_excluded,
+            excluded=excluded,
+            exclude=tuple(keys),
+            allowed=allowed,
+        )
 
     def decoded(self, columns: Mapping[str, Column]) -> dict[str, Any]:
         """Return the readable values of one query's columns: items by their id, texts as their tokens."""
@@ -269,14 +290,19 @@ class Queries:
 
     def _encoded(self, feature: Feature, value: Any) -> Column:
         """Encode one value of a feature as a column. Raises ConfigError: an invalid value."""
-        if isinstance(value, str):
-            return encode_values(feature, [feature.parse(value)], self._tokenizer)
         try:
+            if isinstance(value, str):
+                return encode_values(feature, [feature.parse(value)], self._tokenizer)
             row, one = {feature.name: value}, {feature.name: feature}
             given, _ = columns_of_values([row], one, self._schema.doc, self._tokenizer)
         except DataError as error:
             raise ConfigError(str(error).removeprefix("row 0: ")) from None
         return given[feature.name]
+
+    def unknown_user_message(self, user: str) -> str:
+        """Return a message about an unknown user, with existing ones."""
+        assert self._dataset is not None, "users require a dataset"
+        return str(unknown_user_error(self._dataset, user))
 
     def unknown_item_message(self, item: str) -> str:
         """Return a message about an unknown event item, with similar titles."""
@@ -301,19 +327,15 @@ class Queries:
         times = np.array([np.nan if event.time is None else event.time for event in events], np.float64)
         timed = ~np.isnan(times)
         if timed.all():
-            try:
-                newest = stored.newest_time[np.isfinite(stored.newest_time)]
-                units = TimeUnits(np.concatenate([times, newest, [] if now is None else [now]]))
-                check_time_units([units.facts()], "the request")
-            except DataError as error:
-                raise ConfigError(str(error)) from None
-            if self._schema.event:
-                check_unit(self._dataset, "time of an event", times)
-                if (times < stored.newest_time).any():
-                    raise ConfigError(
-                        f"time of an event is {times.min():.15g}, needs at least {stored.newest_time[0]:.15g}, that of "
-                        "the user's newest stored event; give later events only"
-                    )
+            check_unit(self._dataset, "time of an event", times)
+            newest = stored.newest_time[np.isfinite(stored.newest_time)]
+            if mixes_units(np.concatenate([times, newest, [] if now is None else [now]])):
+                raise ConfigError(f"the request mixes units of time, such as {times[0]:.15g}; give all in one unit")
+            if self._schema.event and (times < stored.newest_time).any():
+                raise ConfigError(
+                    f"time of an event is {times.min():.15g}, needs at least {stored.newest_time[0]:.15g}, that of "
+                    "the user's newest stored event; give later events only"
+                )
             order = np.argsort(times, kind="stable")
             order = order[times[order] <= (np.inf if now is None else now)]
         elif timed.any() or now is not None or (timestamp_of(self._schema.event) and np.isfinite(stored.newest_time)):
@@ -396,43 +418,45 @@ class PastEvents:
         return PastEvents(joined(self.rows, later.rows), features, newest, joined(self.times, later.times))
 
 
-def read_user(
-    dataset: Dataset, key: str, now: float | None = None, *, allow_unknown: bool = False
-) -> tuple[dict[str, Column], PastEvents]:
-    """Read a user's feature columns, and all events, up to `now` if given; `allow_unknown`: unknown users have none.
+def read_user(dataset: Dataset, key: str, now: float | None = None) -> tuple[dict[str, Column], PastEvents] | None:
+    """Read a user's feature columns, and all events, up to `now` if given; None: no such user.
 
-    Raises: DataError: no such user, or no sequences; ConfigError: `now`, and no times.
+    Raises ConfigError: the dataset has no users, or `now` is given and it has no times.
     """
     table = dataset.sequences
     if table is None:
-        raise DataError(f"{dataset.dir} holds pairs, no users; describe the query by its features instead")
+        raise ConfigError(
+            "the dataset of this model holds pairs, no users; describe the query by its features",
+            details=f" (the dataset is {dataset.dir})",
+        )
     rows = np.flatnonzero(table.column("query_id") == hash64(key))
-    if not len(rows) and allow_unknown:
-        return {}, PastEvents.none(dataset.schema)
     if not len(rows):
-        suggestions = "; ".join(first_users(table, NUM_SUGGESTIONS))
-        raise DataError(f"no user is called {key!r}; existing users are: {suggestions}")
+        return None
     newest = rows[-1:]  # the latest partition has the full history
     stored = {name: table.take(name, newest) for name in stored_features(dataset.schema.query)}
     columns = dataset.limited_query(stored)
     if now is not None and not dataset.has_times:
-        raise ConfigError(f"now is given, but the events of {key!r} have no times in {dataset.dir}; leave now out")
+        raise ConfigError(
+            f"now is given, but the events of {key!r} have no times; leave now out",
+            details=f" (the dataset is {dataset.dir})",
+        )
     return columns, PastEvents.of_users(dataset, table, newest, now)
 
 
-def check_unit(dataset: Dataset, name: str, times: np.ndarray) -> None:
-    """Raise ConfigError: one of `times`, float64, is in another unit than the events of `dataset`.
+def unknown_user_error(dataset: Dataset, key: str) -> UnknownKeyError:
+    """Return the error of an unknown user; its details are existing users."""
+    assert dataset.sequences is not None, "users require sequences"
+    examples = "; ".join(first_users(dataset.sequences, NUM_SUGGESTIONS))
+    return UnknownKeyError(f"no user is called {key!r}", details=f"; existing users are: {examples}")
 
-    If the times of its events are dates of 2000 to 2100, all `times` must be.
-    """
-    facts, unit = dataset.header.times, dataset.header.time_unit
-    first, end = (second / unit for second in THIS_CENTURY)
-    wrong = times[~((times >= first) & (times < end))]
-    dated = sum(count for _, count, _ in facts["units"]) >= DATED * facts["num_times"]
-    if len(wrong) and facts["units"] and (dated or TimeUnits(wrong).facts()["units"]):
+
+def check_unit(dataset: Dataset, name: str, times: np.ndarray) -> None:
+    """Raise ConfigError: one of `times`, float64, is no time in the unit of the events of `dataset`."""
+    rule = dataset.header.time_rule
+    wrong = times[~rule.accepts(times)]
+    if len(wrong):
         raise ConfigError(
-            f"{name} is {wrong[0]:.15g}, needs a date of 2000 to 2100 in units of {unit:g} s, as the events of "
-            f"{dataset.dir}"
+            f"{name} is {wrong[0]:.15g}, needs {rule.needed}, as the events of the dataset", details=f" {dataset.dir}"
         )
 
 

@@ -34,7 +34,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bigdssm.errors import BigDSSMError, CheckpointError, ConfigError, DataError, UnavailableError
+from bigdssm.errors import BigDSSMError, ConfigError, UnavailableError, UnknownKeyError
 from bigdssm.features.vector import MAX_DIM
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request, value_type
 from bigdssm.serving.live import ActiveSearcher, LiveSearcher, Overloaded
@@ -42,8 +42,12 @@ from bigdssm.serving.metrics import Metrics, RequestMetrics
 from bigdssm.serving.request_log import RequestLog
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.stores.base import ScoredDocument
+from bigdssm.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 MOST_BYTES = 1 << 20
+REPEAT_S = 30.0  # after which a fault that continues is logged again
 PORT, ANY_ADDRESS = re.compile(r":[0-9]*$"), {"0.0.0.0", "::", ""}
 
 
@@ -220,23 +224,47 @@ class UniqueKeysRoute(APIRoute):
         return handle
 
 
+class FaultLog:
+    """Logs faults of the server, which answers do not describe: a new one at once, the same one every REPEAT_S."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._repeat_at = 0.0
+
+    def put(self, path: str, error: BigDSSMError) -> None:
+        """Log the fault that a request to `path` failed with."""
+        text, now = str(error), time.monotonic()
+        if text != self._last or now >= self._repeat_at:
+            logger.warning("cannot answer %s: %s", path, text)
+            self._last = text
+            self._repeat_at = now + REPEAT_S
+
+
 def api(
-    active: Callable[[], ActiveSearcher], metrics: Metrics, *, has_second: bool, has_vectors: bool,
+    active: Callable[[], ActiveSearcher],
+    metrics: Metrics,
+    *,
+    has_second: bool,
+    has_vectors: bool,
+    has_users: bool,
     log: RequestLog | None,
-) -> APIRouter:  # fmt: skip
+) -> APIRouter:
     """Return the routes of one model; `active` returns the current searcher per request.
 
-    `has_vectors` enables /api/vector, `has_second` is reported to clients. Searches are written to `log`. Routes raise
-    Overloaded and BigDSSMError, which the application handles.
+    `has_vectors` enables /api/vector, `has_users` /api/users, `has_second` is reported to clients. Searches are written
+    to `log`. Routes raise Overloaded and BigDSSMError, which the application handles.
     """
     routes = APIRouter(route_class=UniqueKeysRoute)
 
     @routes.get("/api/about")
     async def about() -> dict[str, Any]:
-        return {**await run_in_threadpool(active().searcher.about), "second": has_second}
+        about = await run_in_threadpool(active().searcher.about)
+        return {**about, "second": has_second, "list_users": has_users}
 
-    @routes.get("/api/users")
+    @routes.get("/api/users", include_in_schema=has_users)
     async def users() -> list[str]:
+        if not has_users:
+            raise HTTPException(404, "not enabled; start the server with --list-users")
         return active().searcher.users
 
     @routes.post("/api/search")
@@ -251,11 +279,13 @@ def api(
                 # In a thread: looking up users and titles may be slow and must not block the event loop.
                 query = await run_in_threadpool(current.searcher.queries.of, body.request())
                 result = await current.batcher(query)
+                metrics.unknown_users.inc(query.unknown_user)
                 metrics.unknown_events.inc(len(query.unknown))
                 metrics.unknown_excluded.inc(len(query.unknown_excluded))
                 answer: dict[str, Any] = {
                     "documents": _ranked(result.documents), "history": current.searcher.seen(query),
-                    "unknown_events": len(query.unknown), "unknown_excluded": len(query.unknown_excluded),
+                    "unknown_user": query.unknown_user, "unknown_events": len(query.unknown),
+                    "unknown_excluded": len(query.unknown_excluded),
                     "encode_ms": result.encode_ms, "search_ms": result.search_ms, "rerank_ms": result.rerank_ms,
                     "batch": result.batch,
                 }  # fmt: skip
@@ -304,6 +334,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     411: {"model": ErrorBody, "description": "Chunked request without Content-Length"},
     413: {"model": ErrorBody, "description": "Request too large"},
     422: {"model": ErrorBody, "description": "Invalid request body or parameters"},
+    500: {"model": ErrorBody, "description": "A file of the server is damaged; its log has the reason"},
     503: {"model": ErrorBody, "description": "Overloaded, or the vector store does not answer; retry later"},
 }
 
@@ -311,14 +342,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(
     searcher: Searcher, *, cache_size: int = 10_000, max_batch: int = 32, hosts: Sequence[str] | None = None,
     folders: Folders | None = None, poll_s: float = 1.0, second: Searcher | None = None,
-    second_folders: Folders | None = None, has_vectors: bool = False, log_folder: Path | None = None,
-    log_days: float = 30.0,
+    second_folders: Folders | None = None, has_vectors: bool = False, has_users: bool = False,
+    log_folder: Path | None = None, log_days: float = 30.0,
 ) -> FastAPI:  # fmt: skip
     """Return the application that serves `searcher`, and `second` under SECOND_PREFIX.
 
     `cache_size=0` disables the cache. `folders` are polled every `poll_s` seconds and reloaded when replaced. Requests
     must have a loopback Host or one of `hosts`, where 0.0.0.0 or :: allows any IP address (not any name); None disables
-    the check. `has_vectors` enables /api/vector. Searches are written to `log_folder`, and removed after `log_days`.
+    the check. `has_vectors` enables /api/vector, `has_users` /api/users. Searches are written to `log_folder`, and
+    removed after `log_days`.
     """
     metrics = Metrics()
     served = {"": (searcher, folders), **({} if second is None else {SECOND_PREFIX: (second, second_folders)})}
@@ -350,13 +382,19 @@ def make_app(
     app.add_middleware(RequestLimits, hosts=hosts)
     app.add_middleware(RequestMetrics, metrics=metrics, paths=COUNTED_PATHS)
 
+    faults = FaultLog()
+
     @app.exception_handler(BigDSSMError)
-    async def invalid(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
+    async def failed(request: HTTPRequest, error: BigDSSMError) -> JSONResponse:
+        """Answer an invalid request with the reason, and a fault of the server without its paths and names."""
+        if isinstance(error, ConfigError):
+            return error_response(400, error.public_message)
+        if isinstance(error, UnknownKeyError):
+            return error_response(404, error.public_message)
+        faults.put(request.url.path, error)
         if isinstance(error, UnavailableError):
-            return error_response(503, str(error), {"Retry-After": "1"})
-        if isinstance(error, CheckpointError):  # a row file of the model is damaged
-            return error_response(500, str(error))
-        return error_response(404 if isinstance(error, DataError) else 400, str(error))
+            return error_response(503, "the vector store does not answer; retry later", {"Retry-After": "1"})
+        return error_response(500, "the model, index or dataset of the server is damaged; its log has the reason")
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: HTTPRequest, error: RequestValidationError) -> JSONResponse:
@@ -378,7 +416,14 @@ def make_app(
         return error_response(503, f"{error}; retry later", {"Retry-After": "1"})
 
     for prefix in served:
-        routes = api(partial(active, prefix), metrics, has_second=second is not None, has_vectors=has_vectors, log=log)
+        routes = api(
+            partial(active, prefix),
+            metrics,
+            has_second=second is not None,
+            has_vectors=has_vectors,
+            has_users=has_users,
+            log=log,
+        )
         app.include_router(routes, prefix=prefix)
     page, style, script = (PAGE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".html", ".css", ".js"))
 

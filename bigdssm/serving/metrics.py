@@ -42,6 +42,7 @@ class Metrics:
             "bigdssm_batch_queries", "Queries answered together", buckets=QUERIES, registry=registry
         )
         self.cache = Counter("bigdssm_cache", "Cache lookups", ["result"], registry=registry)
+        self.unknown_users = Counter("bigdssm_unknown_users", "Requests of an unknown user", registry=registry)
         self.unknown_events = Counter("bigdssm_unknown_events", "Events with an unknown item", registry=registry)
         self.unknown_excluded = Counter(
             "bigdssm_unknown_excluded", "Unknown keys of documents to exclude", registry=registry

@@ -104,9 +104,10 @@ function timesOf(found, waited) {
 }
 
 function historyOf(found) {
+  const user = found.unknown_user ? "the user is unknown" : "";
   const unknown = found.unknown_events ? `${found.unknown_events} unknown documents` : "";
   const history = found.history?.length ? `History, newest first: ${found.history.join("; ")}` : "";
-  return [history, unknown].filter(Boolean).join(" · ");
+  return [user, history, unknown].filter(Boolean).join(" · ");
 }
 
 // The change of a document's rank relative to the other answer.
@@ -262,8 +263,8 @@ async function begin() {
   answer("", about);
   if (about.second) answer("/second", await call("/second/api/about"));
   if (about.users) {
-    field("user", "choose a user", "users");
-    addDatalist("users", await call("/api/users"));
+    field("user", about.list_users ? "choose a user" : "the id of a user", "users");
+    if (about.list_users) addDatalist("users", await call("/api/users"));
   }
   if (about.history) field("history", "titles, separated by semicolons");
   if (about.now) field("now", "time of the request, in the unit of the events");

@@ -18,22 +18,26 @@ TOLERANCE = 1e-4  # of scores, relative to the largest one of the answer
 
 
 def replay(
-    searcher: Searcher, log: Iterable[pa.RecordBatch], progress: Callable[[int], None] = lambda done: None
+    searcher: Searcher,
+    log: Iterable[pa.RecordBatch],
+    progress: Callable[[int], None] = lambda done: None,
+    open_model: Callable[[str], Searcher | None] = lambda checksum: None,
 ) -> dict[str, Any]:
-    """Return a report of the requests of a `log` of the searcher's model.
+    """Return a report of the requests of a `log` of the searcher's model, and of those that `open_model` opens.
 
     A request is computed with the stored events up to its time, and differs if a feature does, or the documents, their
-    order or a score beyond TOLERANCE. Requests that `forget_in_log` changed are counted alone. The report has counts of
-    requests, shares of those compared, the mean overlap of the answers, and examples. Raises DataError: no request of
-    this model.
+    order or a score beyond TOLERANCE. Requests that `forget_in_log` changed are counted alone. `open_model` returns the
+    searcher of another model by its checksum, or None; it is called once per model. The report has counts of requests,
+    shares of those compared, the mean overlap of the answers, and examples. Raises DataError: no request of a model.
     """
-    model, index = searcher.versions
+    searchers: dict[str, Searcher | None] = {searcher.versions[0]: searcher}
     counts, differing_features = Counter[str](), Counter[str]()
     examples: list[dict[str, Any]] = []
     overlap = largest_difference = 0.0
 
-    def compare(group: list[tuple[dict[str, Any], Query]]) -> None:
+    def compare(searcher: Searcher, group: list[tuple[dict[str, Any], Query]]) -> None:
         nonlocal overlap, largest_difference
+        index = searcher.versions[1]
         for (row, query), result in zip(group, searcher.answer([query for _, query in group]), strict=True):
             logged = json.loads(row["features"])
             computed = json.loads(json.dumps(searcher.queries.decoded(query.columns)))  # in JSON types, as the log
@@ -55,27 +59,36 @@ def replay(
                 examples.append({"request": row["request"], "features": values, "documents": answers})
 
     for batch in log:
-        group = []
+        groups: dict[str, list[tuple[dict[str, Any], Query]]] = {}
         for row in batch.to_pylist():
-            if row["model"] != model:
+            model = row["model"]
+            if model not in searchers:
+                searchers[model] = open_model(model)
+            of_model = searchers[model]
+            if of_model is None:
                 counts["other_model"] += 1
                 continue
             if row["cached"] is None:
                 counts["forgotten"] += 1
                 continue
             try:
-                group.append((row, searcher.queries.of(parse_request(json.loads(row["body"])), as_of=row["time"])))
+                query = of_model.queries.of(parse_request(json.loads(row["body"])), as_of=row["time"])
+                groups.setdefault(model, []).append((row, query))
             except (ConfigError, DataError) as error:  # a withdrawn user, or values that the model does not have
                 counts["invalid"] += 1
                 if len(examples) < MOST_EXAMPLES:
                     examples.append({"request": row["request"], "error": str(error)})
-        for first in range(0, len(group), REPLAYED_AT_ONCE):
-            compare(group[first : first + REPLAYED_AT_ONCE])
+        for model, group in groups.items():
+            of_model = searchers[model]
+            assert of_model is not None
+            for first in range(0, len(group), REPLAYED_AT_ONCE):
+                compare(of_model, group[first : first + REPLAYED_AT_ONCE])
         progress(counts["requests"])
     num_requests = counts["requests"]
     if not num_requests:
         raise DataError(
-            f"the log has no request that model {model[:12]} answers: {dict(counts)}; give the logged model"
+            f"the log has no request that model {searcher.versions[0][:12]} answers: {dict(counts)}; give the logged "
+            "model, or a folder that has it"
         )
     return {
         **{name: counts[name] for name in ("requests", "invalid", "other_model", "forgotten", "other_index")},

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
-from bigdssm.features import Categorical, Column, Feature, Numeric, histories_of
+from bigdssm.features import Categorical, Column, Feature, History, Numeric
 from bigdssm.features.base import FIRST_CODE
 from bigdssm.features.conditions import conditions, parse_filter
 from bigdssm.retrieval.queries import DocumentNames, first_users
@@ -52,7 +52,8 @@ MOST_WAITING = 10_000  # records of a worker
 PART, COMPLETE = ".part", ".parquet"  # suffixes of an open Arrow stream, and of a file that no one changes
 NAME_TIME = "%Y%m%dT%H%M%SZ"  # the beginning of names: when a file was opened
 DAY_S = 86_400
-COMPARED_USERS, LEAST_SHARE = 1000, 0.25  # of users whose keys are values: their id, and not such as an age
+COMPARED_KEYS = 1000  # of users, or of items
+LEAST_SHARE = 0.25  # of keys that are values of a feature: an id, and not such as an age
 logger = get_logger(__name__)
 
 
@@ -199,11 +200,12 @@ def forget_in_log(
     folder: Path, users: Collection[str], items: Collection[str], changes: Changes, titles: Collection[str] = (),
     dataset: Dataset | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Remove the requests of `users`, and empty `items` (keys) and their `titles` in those of others.
+    """Remove the requests of `users`, and empty `items` (keys), their `titles`, and `users` in those of others.
 
-    Ids of users and items may be equal, so that only fields of the same kind are compared: with a `dataset`, features
-    by their types. Positions of other documents stay, and `cached` of a changed row is null. Returns files that a
-    server is writing, which are not changed: they are complete after ROLL_S at the latest.
+    Whole values are compared, in every field that may have ids of the kind: a user and an item may have the same id,
+    and with a `dataset` numbers and categories without ids are known. A part of a longer text stays. Positions of other
+    documents stay, and `cached` of a changed row is null. Returns files that a server is writing, which are not
+    changed: they are complete after ROLL_S at the latest.
     """
     in_use = complete_parts(folder) if not changes.dry_run else sorted(folder.glob(f"*{PART}"))
     ids = _Ids(users, items, titles, dataset)
@@ -227,14 +229,20 @@ class _Ids:
         self.users, self.items = frozenset(users), frozenset(items)
         # of the items, as in requests
         self.names = DocumentNames(sorted(items), sorted(title for title in titles if title.strip()))
-        self.other: Collection[str] = ()  # query features without ids of users
-        self.histories: Collection[str] | None = None  # query features; None: unknown
+        # Names of features without such ids, those of events with a dot before; of unknown ones nothing is excluded.
+        self.without_users: Collection[str] = ()
+        self.without_items: Collection[str] = ()
         self.numeric: Collection[str] = ()  # features of filters
         if dataset is not None:
-            query = dataset.schema.query
-            self.histories = histories_of(query)
-            keys = [] if dataset.sequences is None else first_users(dataset.sequences, COMPARED_USERS)
-            self.other = {name for name, feature in query.items() if not _has_users(feature, keys)}
+            features = {**dataset.schema.query, **{f".{name}": f for name, f in dataset.schema.event.items()}}
+            user_keys = [] if dataset.sequences is None else first_users(dataset.sequences, COMPARED_KEYS)
+            item_keys = dataset.catalogue.keys(np.arange(min(COMPARED_KEYS, dataset.catalogue.num_docs)))
+            self.without_users = {name for name, feature in features.items() if not _has_ids(feature, user_keys)}
+            self.without_items = {
+                name
+                for name, feature in features.items()
+                if not isinstance(feature, History) and not _has_ids(feature, item_keys)
+            }
             filters = dataset.catalogue.filterable
             self.numeric = {name for name, feature in filters.items() if isinstance(feature, Numeric)}
 
@@ -243,11 +251,11 @@ class _Ids:
         body = json.loads(row["body"])
         values = [row["user"], body.get("user")]
         for features in (body.get("features") or {}, json.loads(row["features"])):
-            values += [value for name, value in features.items() if "." not in name and name not in self.other]
+            values += [value for name, value in features.items() if "." not in name and name not in self.without_users]
         return any(_text(value) in self.users for value in values)
 
     def rewrite(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the row without items."""
+        """Return the row without items, and without users as values of the features of others."""
         body, features = json.loads(row["body"]), json.loads(row["features"])
         for values in (row_filter := {"filter": row["filter"]}, body):
             if self._is_in_filter(values.get("filter")):
@@ -259,33 +267,57 @@ class _Ids:
         if body.get("events"):
             unknown = self.names.rows([event["item"] for event in body["events"]]) < 0
             body["events"] = list(compress(body["events"], unknown.tolist()))
-        for name, value in features.items():
-            is_history = "." not in name if self.histories is None else name in self.histories
-            if is_history and isinstance(value, list):
-                features[name] = self._emptied(value)
+        features = {name: self._emptied(name, value) for name, value in features.items()}
+        if body.get("features"):
+            body["features"] = self._requested(body["features"])
+        for event in body.get("events") or ():
+            if event.get("features"):
+                event["features"] = self._requested(event["features"], ".")
+        if body.get("context"):
+            body["context"] = self._requested(body["context"], ".")
         exclude = row["exclude"] and [key for key in row["exclude"] if key not in self.items]
-        new = {**row, **row_filter, "exclude": exclude, "document": self._emptied(row["document"])}
+        documents = [None if key in self.items else key for key in row["document"]]
+        new = {**row, **row_filter, "exclude": exclude, "document": documents}
         for name, content in (("body", body), ("features", features)):
             if content != json.loads(row[name]):
                 new[name] = json.dumps(content, ensure_ascii=False)
         return new if new == row else new | {"cached": None}
 
-    def _emptied(self, keys: Sequence[Any]) -> list[Any]:
-        return [None if isinstance(key, str) and key in self.items else key for key in keys]
+    def _emptied(self, name: str, value: Any) -> Any:
+        """Return a feature's value with null in place of ids; features of events are HISTORY.NAME, or .NAME."""
+        _, dot, event = name.partition(".")
+        name = dot + event or name
+        ids: set[str] = set()
+        if name not in self.without_items:
+            ids |= self.items
+        if name not in self.without_users:
+            ids |= self.users
+        if isinstance(value, list):
+            return [None if _text(element) in ids else element for element in value]
+        return None if _text(value) in ids else value
+
+    def _requested(self, features: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return the features of a request without ids; a list is shorter, since null is no element of one."""
+        emptied = {name: self._emptied(prefix + name, value) for name, value in features.items()}
+        return {
+            name: [element for element in value if element is not None] if isinstance(value, list) else value
+            for name, value in emptied.items()
+        }
 
     def _is_in_filter(self, text: str | None) -> bool:
-        if text is None or not self.items:
+        if text is None:
             return False
         try:
             parts = [part for part in conditions(parse_filter(text)) if part.feature not in self.numeric]
         except ConfigError:
             return True
-        return any((self.names.rows([str(value) for value in part.values]) >= 0).any() for part in parts)
+        values = [str(value) for part in parts for value in part.values]
+        return bool((self.names.rows(values) >= 0).any()) or any(value.strip() in self.users for value in values)
 
 
-def _has_users(feature: Feature, keys: Sequence[str]) -> bool:
-    """Return whether the values of a query feature are ids of users, to judge by some users' keys."""
-    if not isinstance(feature, Categorical) or feature.multi:
+def _has_ids(feature: Feature, keys: Sequence[str]) -> bool:
+    """Return whether the values of a feature are ids of users, or of items, to judge by some of their keys."""
+    if not isinstance(feature, Categorical):
         return False
     if feature.hash_buckets or not keys:
         return True
@@ -297,4 +329,6 @@ def _text(value: Any) -> str | None:
     """Return a single value as the text of an id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if isinstance(value, str):
+        return value.strip()
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

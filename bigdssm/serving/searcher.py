@@ -16,20 +16,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.checkpoints.model_folder import (
-    BEST,
     ModelFolder,
     doc_checksum,
-    is_model_folder,
     load_model_folder,
+    model_folders,
+    model_identity,
+    model_metas,
     read_model_meta,
 )
-from bigdssm.checkpoints.model_folder import META_FILE as MODEL_META
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.partition import read_dataset_json
 from bigdssm.dataset.remote import FileCache
 from bigdssm.dataset.rows import EventRules
-from bigdssm.errors import CheckpointError, ConfigError, DataError
+from bigdssm.errors import CheckpointError, ConfigError, DataError, UnknownKeyError
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower, run_onnx
 from bigdssm.features import Column, histories_of, ragged, stored_features, texts_of
 from bigdssm.loader.batch import to_features
@@ -206,8 +207,10 @@ class Searcher:
     def about(self) -> dict[str, Any]:
         """Return a description of model, index, features and filters for clients."""
         schema = self._folder.schema
+        provenance = self._folder.provenance
+        weights = {key: provenance[key] for key in ("stage", "step", "initial", "queries") if key in provenance}
         return {
-            **self.identity, "score": self._folder.config.model.score,
+            **self.identity, "weights": weights, "score": self._folder.config.model.score,
             "exclude_seen": self._folder.config.data.exclude_seen,
             "features": {name: feature.type for name, feature in stored_features(schema.query).items()},
             "filters": {} if self.queries.filters is None else self.queries.filters.choices,
@@ -227,7 +230,7 @@ class Searcher:
         return self._dataset.catalogue.titles(newest) if self._dataset is not None else []
 
     def search(self, requests: Sequence[Request]) -> list[list[ScoredDocument]]:
-        """Return the documents per request, best first. Raises: ConfigError, DataError: a request is invalid."""
+        """Return the documents per request, best first. Raises as `queries.of`."""
         return [result.documents for result in self.answer([self.queries.of(request) for request in requests])]
 
     def answer(self, queries: Sequence[Query]) -> list[SearchResult]:
@@ -286,7 +289,7 @@ class Searcher:
     def similar(self, key: str, top: int, exclude: Sequence[str] = ()) -> tuple[str, list[ScoredDocument]]:
         """Return a document's title and its nearest documents but those with the keys `exclude`.
 
-        Raises DataError: no such document.
+        Raises UnknownKeyError: no such document.
         """
         title, _ = self._document(key)
         check_utf8(exclude)
@@ -321,11 +324,11 @@ class Searcher:
         return Explanation(title, items, best_words)
 
     def _document(self, key: str) -> StoredVector:
-        """Return title and vector of a document. Raises DataError: no document has this key."""
+        """Return title and vector of a document. Raises UnknownKeyError: no document has this key."""
         check_utf8([key])
         stored = self._index.stored_vectors([key])
         if key not in stored:
-            raise DataError(f"no document has the key {key!r}")
+            raise UnknownKeyError(f"no document has the key {key!r}")
         return stored[key]
 
 
@@ -350,15 +353,43 @@ class Folders:
         if current is not None and current.source == source and not current.is_outdated():
             searcher = current.on(index)
         else:
-            folder, dataset, inode = load_model_folder(source.folder), None, None
-            if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
-                cache = FileCache.from_config(folder.config.data)
-                where = self.data or folder.config.data.dir
-                inode = _inode(where)  # first, so that a concurrent replacement is detected
-                dataset = Dataset.open(where, cache=cache)
-            searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
-            searcher.inode = inode
+            searcher = self._searcher(source.folder, index)
         searcher.state, searcher.source = state, source
+        return searcher
+
+    def open_model(self, checksum: str) -> Searcher | None:
+        """Open the model with this checksum, with an index of its vectors; None if there is no such model or index.
+
+        Of a store, that is a collection that the name or alias has or had, or else the newest one.
+        """
+        for folder, meta in reversed(list(model_metas(self.model))):
+            if model_identity(meta) == checksum:
+                index = self._index_of(doc_checksum(meta))
+                return None if index is None else self._searcher(folder, index)
+        return None
+
+    def _index_of(self, model: str) -> DocumentIndex | None:
+        """Return the index of the vectors of a model, given its `doc_checksum`, or None."""
+        if self._named is None:
+            index = open_index(self.index)
+            return index if index.meta.model_checksum == model else None
+        store, name = self._named
+        newest_first = sorted(store.collections().values(), key=lambda collection: -collection.published)
+        for collection in [*store.named(name), *newest_first]:
+            if collection.model == model and collection.published:
+                return StoreIndex(store, collection, store.count(collection))
+        return None
+
+    def _searcher(self, model: Path, index: DocumentIndex) -> Searcher:
+        """Load a model folder, and open the dataset if the model or an option needs it."""
+        folder, dataset, inode = load_model_folder(model), None, None
+        if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
+            cache = FileCache.from_config(folder.config.data)
+            where = self.data or folder.config.data.dir
+            inode = _inode(where)  # first, so that a concurrent replacement is detected
+            dataset = Dataset.open(where, cache=cache)
+        searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
+        searcher.inode = inode
         return searcher
 
     def state(self) -> bytes:
@@ -367,7 +398,7 @@ class Folders:
         The metas contain all checksums. Raises UnavailableError, DataError: the store does not answer.
         """
         digest = hashlib.sha256()
-        models = [folder / MODEL_META for folder in self._models]
+        models = [folder / MODEL_META for folder in model_folders(self.model)]
         for path in (*models, Path(self.index) / INDEX_META):
             with suppress(OSError):
                 digest.update(path.read_bytes())
@@ -382,13 +413,6 @@ class Folders:
         return open_named(str(self.index)) if is_store(self.index) else None
 
     @property
-    def _models(self) -> list[Path]:
-        """Return the model folder, or those in the folder of model folders, which no stage of a run is."""
-        if is_model_folder(self.model):
-            return [self.model]
-        return sorted(path.parent for path in self.model.glob(f"*/{MODEL_META}") if path.parent.name != BEST)
-
-    @property
     def _export(self) -> bytes:
         with suppress(OSError):
             return b"" if self.onnx is None else (self.onnx.parent / EXPORT_FILE).read_bytes()
@@ -401,10 +425,8 @@ class Folders:
         after its folder was replaced. Raises CheckpointError: there is no model for either.
         """
         models: dict[str, ModelSource] = {}
-        for folder in self._models:
-            with suppress(CheckpointError):  # another one may be complete
-                meta = read_model_meta(folder)
-                models[doc_checksum(meta)] = ModelSource(folder, meta, self._export)
+        for folder, meta in model_metas(self.model):
+            models[doc_checksum(meta)] = ModelSource(folder, meta, self._export)
         if loaded is not None and self._named is not None:
             models.setdefault(doc_checksum(loaded.meta), loaded)
         if not models:

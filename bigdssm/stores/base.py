@@ -6,8 +6,12 @@ dataclass, registered with `register_store`, whose fields are options (`bigdssm 
 
     create → contents, write, delete → finish → switch
 
-A write or delete has a version, an integer that grows with the dataset. Of several writes and deletes of one key, the
-one of the largest version wins, and of equal versions the delete, in any order of arrival.
+A dataset has a stamp, which is later after every build and append (`dataset.stamps`). A collection refuses a dataset
+of an earlier stamp than its own. Its publications are counted by the publisher that holds `Store.publishing`, so that a
+later publication never has an earlier dataset. A write or delete has the number of its publication as its version. Of
+several writes and deletes of one key, the one of the largest version wins, and of equal versions the delete, in any
+order of arrival: the latest publication decides, also on a document that an earlier one has deleted. Deletes of
+`forget` have the version FORGOTTEN, above all publications.
 """
 
 from abc import ABC, abstractmethod
@@ -48,7 +52,7 @@ class Collection:
     name: str
     model: str  # checksum of the document tower, `VectorsMeta.model_checksum`
     dataset: str  # fingerprint
-    version: int  # of the dataset: the largest published one
+    version: int  # of the dataset: the latest published stamp; before there were stamps, a number of partitions
     width: int  # of the vectors: D+1, or D without beta
     has_beta: bool
     score: str  # dot or cosine; truncated cosine vectors are rescaled to their norm
@@ -56,6 +60,12 @@ class Collection:
     columns: Mapping[str, ColumnType] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)  # of the store
     published: float = 0.0  # seconds since 1970; 0: not complete yet
+    publication: int = 0  # number of the last publication; 0: before they were counted, rows had `version`
+
+    @property
+    def next_publication(self) -> int:
+        """The version of writes and deletes of the next publication, above all earlier ones."""
+        return 1 + (self.publication or self.version)
 
     def check_model(self, model: str) -> None:
         """Raise CheckpointError if this collection holds vectors of a model other than `model`, a checksum."""
@@ -134,7 +144,10 @@ class Store(ABC):
 
     @abstractmethod
     def write(self, collection: Collection, documents: Documents, version: int) -> None:
-        """Insert or replace documents by key, unless a later version of the key was written or deleted."""
+        """Insert or replace documents by key, unless a later version of the key was written or deleted.
+
+        A delete of an equal version wins, too.
+        """
 
     @abstractmethod
     def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
@@ -179,7 +192,7 @@ class Store(ABC):
     def switch(self, alias: str, name: str) -> None:
         """Let `alias` name another collection, in one step; the one that it named becomes `Alias.previous`.
 
-        Raises DataError: as `check_complete`.
+        Raises ConfigError, DataError: as `check_switch`.
         """
 
     @property
@@ -188,13 +201,30 @@ class Store(ABC):
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
-    def check_complete(self, name: str) -> None:
-        """Raise DataError if there is no collection `name`, or its first publication has not ended."""
+    def check_complete(self, name: str) -> Collection:
+        """Return the collection `name`. Raises DataError: there is none, or its first publication has not ended."""
         collection = self.collections().get(name)
         if collection is None:
             raise DataError(f"{self.address} has no collection {name!r}; publish it first")
         if not collection.published:
             raise DataError(f"{self.address}: collection {name} is not complete; publish it again")
+        return collection
+
+    def check_switch(self, alias: str, name: str) -> None:
+        """Raise ConfigError if a new alias has the name of a collection; DataError as `check_complete`.
+
+        Names of collections and aliases are distinct: `URL#NAME` may be either.
+        """
+        self.check_complete(name)
+        if alias in self.collections() and alias not in self.aliases():
+            raise ConfigError(f"alias {alias}: it is the name of a collection; choose another one with --alias")
+
+    def check_new_collection(self, name: str) -> None:
+        """Raise ConfigError if a collection would have the name of an alias."""
+        if (alias := self.aliases().get(name)) is not None:
+            raise ConfigError(
+                f"collection {name}: it is the name of an alias, of {alias.name}; choose another one with --as"
+            )
 
     def check_unnamed(self, name: str) -> None:
         """Raise ConfigError if an alias names the collection `name`."""
@@ -235,6 +265,7 @@ register_store = STORES.register
 WAITS_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)  # before trying again: longer than the restart of a server
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LIVE = "live"  # the alias that is served by default
+FORGOTTEN = 2**53 - 1  # the version of deletes by `forget`, exact also in float64, by which Qdrant compares
 BUILT_IN = {  # by scheme; each module imports its client, or FAISS
     "postgresql": "bigdssm.stores.postgres",
     "file": "bigdssm.retrieval.folder_store",

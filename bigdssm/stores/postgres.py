@@ -3,13 +3,17 @@
 bigdssm_collections       name, description (a `Collection` as JSON)
 bigdssm_aliases           alias, name, previous
 bigdssm_tombstones        collection, id (hash of the key, not the key itself), version
-bigdssm_vectors_NAME      doc_key, doc_title, doc_vector, doc_model, doc_version, doc_content, and a column per filter
+bigdssm_vectors_NAME      doc_key, doc_title, doc_vector, doc_model, doc_version (number of the publication),
+                          doc_content, and a column per filter
 
 doc_vector has one dimension more than the vectors x: sqrt(radius² - |x|²). All rows thus have the same length, and the
 nearest rows to [query, 0] are those of the largest inner product, which HNSW finds far better than by inner products
 (at 50,000 vectors with lengths of 0.4 to 11, recall@100 is 0.997 and not 0.42). Source: Bachrach et al. 2014. A row
 beyond the radius has 0 there; the index searches for [FAR * radius * query / |query|, 0], since the order by distance
 approaches the order by inner products with the length of the query.
+
+The functions bigdssm_exact and bigdssm_nearest make these two operands of a query's vector, for SQL of the user's own
+(docs/stores.md).
 
 They are in the first schema of the connection's search path. The connection is libpq's: the password comes from
 PGPASSWORD, .pgpass or a service file.
@@ -19,7 +23,7 @@ import json
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
@@ -41,6 +45,7 @@ from bigdssm.stores.base import (
     StoredVector,
     register_store,
 )
+from bigdssm.utils.arguments import short_repr
 from bigdssm.utils.components import bounded
 from bigdssm.utils.hashing import hash64
 
@@ -58,6 +63,8 @@ RESCORED = 4  # float16 candidates per requested document
 FAR, MOST_LENGTH = 100, 60_000.0  # length of an index query, in radii; float16 ends at 65,504
 EXACT_ROWS = 20_000  # a filter with at most as many matches is evaluated exactly
 LOCK_WAIT_S = 5.0  # until the server notices that a publisher was killed
+INDEXED_BYTES = 2600  # of a key, or of a value of a filter: an entry of a B-tree or GIN index has at most about 2,700
+NUL = "\0"  # no text of PostgreSQL has it
 NAME_BYTES = 40  # of a collection; an identifier has 63
 OWN_COLUMNS: Mapping[str, str] = {
     "doc_key": "text", "doc_title": "text", "doc_vector": "vector", "doc_model": "uuid", "doc_version": "int8",
@@ -74,6 +81,26 @@ CREATE TABLE IF NOT EXISTS bigdssm_tombstones (
     collection text REFERENCES bigdssm_collections ON DELETE CASCADE, id bigint, version bigint NOT NULL,
     PRIMARY KEY (collection, id)
 )"""
+FUNCTIONS = {
+    # [query, 0], whose inner product with doc_vector is the score
+    "bigdssm_exact(float8[])": """
+CREATE FUNCTION bigdssm_exact(query float8[]) RETURNS vector
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
+    SELECT (query || 0::float8)::vector
+$$""",
+    # [query, 0] of such a length that the nearest doc_vector is that of the largest inner product
+    "bigdssm_nearest(float8[], text)": f"""
+CREATE FUNCTION bigdssm_nearest(query float8[], collection text) RETURNS vector
+LANGUAGE sql STABLE STRICT PARALLEL SAFE AS $$
+    SELECT (array_agg(value * far / greatest(norm, 1e-37) ORDER BY position) || 0::float8)::vector
+    FROM unnest(query) WITH ORDINALITY AS dimensions (value, position),
+        (SELECT sqrt(sum(value * value)) FROM unnest(query) AS value) AS lengths (norm),
+        (
+            SELECT least({FAR} * (description->>'radius')::float8, {MOST_LENGTH})
+            FROM bigdssm_collections WHERE name = collection
+        ) AS radii (far)
+$$""",
+}
 T = TypeVar("T")
 
 
@@ -133,8 +160,7 @@ class PostgresStore(Store):
 
         def work(connection: Any) -> None:
             with connection.transaction():
-                # IF NOT EXISTS does not exclude two processes
-                connection.execute("SELECT pg_advisory_xact_lock(%s)", [hash64("bigdssm")])
+                _lock_names(connection)  # IF NOT EXISTS does not exclude two processes
                 connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
                 (version,) = connection.execute(
                     "SELECT extversion FROM pg_extension WHERE extname = 'vector'"
@@ -144,6 +170,13 @@ class PostgresStore(Store):
                         f"{self.address} has pgvector {version}, needs 0.8 for filters; update the extension"
                     )
                 connection.execute(SCHEMA)
+                for signature, statement in FUNCTIONS.items():
+                    # replaced only by its owner, so it is created once
+                    if connection.execute("SELECT to_regprocedure(%s)", [signature]).fetchone() == (None,):
+                        connection.execute(statement)
+                is_alias = "SELECT FROM bigdssm_aliases WHERE alias = %s"
+                if connection.execute(is_alias, [collection.name]).fetchone() is not None:
+                    self.check_new_collection(collection.name)
                 self._describe(connection, collection)
                 connection.execute(
                     sql.SQL("CREATE TABLE IF NOT EXISTS {} ({}, PRIMARY KEY (doc_key))").format(
@@ -158,7 +191,8 @@ class PostgresStore(Store):
             "INSERT INTO bigdssm_collections AS old VALUES (%s, %s) "
             "ON CONFLICT (name) DO UPDATE SET description = EXCLUDED.description "
             # the lock of a publisher is lost if the server restarts
-            "WHERE (old.description->>'version')::int8 <= (EXCLUDED.description->>'version')::int8",
+            "WHERE coalesce((old.description->>'publication')::int8, 0) "
+            "<= coalesce((EXCLUDED.description->>'publication')::int8, 0)",
             [collection.name, json.dumps(asdict(collection))],
         )
 
@@ -275,7 +309,8 @@ class PostgresStore(Store):
                 connection.execute("DELETE FROM bigdssm_collections WHERE name = %s", [name])
 
         self.check_unnamed(name)
-        self._run(work)
+        if not self._is_new():
+            self._run(work)
 
     # ----- aliases
 
@@ -288,14 +323,20 @@ class PostgresStore(Store):
 
     def switch(self, alias: str, name: str) -> None:
         """Update the row of an alias."""
-        self.check_complete(name)
-        self._run(
-            lambda connection: connection.execute(
-                "INSERT INTO bigdssm_aliases AS old VALUES (%s, %s, NULL) ON CONFLICT (alias) DO UPDATE SET previous = "
-                "CASE WHEN old.name = EXCLUDED.name THEN old.previous ELSE old.name END, name = EXCLUDED.name",
-                [alias, name],
-            )
-        )
+
+        def work(connection: Any) -> None:
+            with connection.transaction():
+                _lock_names(connection)
+                self.check_switch(alias, name)
+                connection.execute(
+                    "INSERT INTO bigdssm_aliases AS old VALUES (%s, %s, NULL) "
+                    "ON CONFLICT (alias) DO UPDATE SET name = EXCLUDED.name, previous = "
+                    "CASE WHEN old.name = EXCLUDED.name THEN old.previous ELSE old.name END",
+                    [alias, name],
+                )
+
+        self.check_complete(name)  # also before there are tables
+        self._run(work)
 
     # ----- documents
 
@@ -304,7 +345,8 @@ class PostgresStore(Store):
         return dict(self._select(sql.SQL("SELECT doc_key, doc_content FROM {}").format(_escaped_table(collection))))
 
     def write(self, collection: Collection, documents: Documents, version: int) -> None:
-        """Copy the batch to a temporary table and merge it."""
+        """Copy the batch to a temporary table and merge it. Raises DataError: a document that cannot be stored."""
+        self._check_texts(collection, documents)
         names = [*OWN_COLUMNS, *collection.columns]
         columns = sql.SQL(", ").join(map(sql.Identifier, names))
         types = ["int8", *OWN_COLUMNS.values(), *(TYPES[type] for type in collection.columns.values())]
@@ -342,6 +384,25 @@ class PostgresStore(Store):
 
         self._run(work)
 
+    def _check_texts(self, collection: Collection, documents: Documents) -> None:
+        """Raise DataError, with the document, if PostgreSQL cannot store or index one of its texts."""
+        texts = {"key": documents.keys, "title": documents.titles}
+        texts |= {name: documents.columns[name] for name, type in collection.columns.items() if type != "number"}
+        for name, values in texts.items():
+            for key, value in zip(documents.keys, values, strict=True):
+                for text in value if isinstance(value, list) else [value or ""]:
+                    if NUL in text:
+                        raise DataError(
+                            f"document {short_repr(key)}: its {name} has a NUL character, which PostgreSQL cannot "
+                            "store; remove it from the tables"
+                        )
+                    size = len(text.encode()) if 4 * len(text) > INDEXED_BYTES and name != "title" else 0
+                    if size > INDEXED_BYTES:
+                        raise DataError(
+                            f"document {short_repr(key)}: its {name} has {size} bytes, needs at most {INDEXED_BYTES} "
+                            "for an index of PostgreSQL; shorten it, or use another store"
+                        )
+
     def delete(self, collection: Collection, keys: Sequence[str], version: int) -> None:
         """Delete rows and write tombstones."""
 
@@ -352,7 +413,7 @@ class PostgresStore(Store):
                     sql.SQL("DELETE FROM {} WHERE doc_key = ANY(%s) AND doc_version <= %s").format(
                         _escaped_table(collection)
                     ),
-                    [list(keys), version],
+                    [_storable(keys), version],
                 )
                 connection.execute(
                     "INSERT INTO bigdssm_tombstones AS old SELECT %s, id, %s FROM unnest(%s::int8[]) AS ids(id) "
@@ -365,7 +426,7 @@ class PostgresStore(Store):
     def vectors(self, collection: Collection, keys: Sequence[str]) -> dict[str, StoredVector]:
         """Return the vectors of the existing documents among `keys`."""
         statement = sql.SQL("SELECT doc_key, doc_title, doc_vector::text, doc_model FROM {} WHERE doc_key = ANY(%s)")
-        rows = self._select(statement.format(_escaped_table(collection)), [list(keys)])
+        rows = self._select(statement.format(_escaped_table(collection)), [_storable(keys)])
         collection.check_rows(model.hex for *_, model in rows)
         return {
             key: StoredVector(title, np.array(json.loads(vector)[: collection.width], np.float32))
@@ -421,7 +482,7 @@ class PostgresStore(Store):
                 connection.execute(f"SELECT {calls}", [str(part) for pair in settings.items() for part in pair])
                 of_queries = []
                 for number, vector in enumerate(vectors):
-                    operands = [*values, [] if exclude is None else list(exclude[number])]
+                    operands = [*values, [] if exclude is None else _storable(exclude[number])]
                     rows = []
                     if not is_exact:
                         rows = connection.execute(
@@ -554,6 +615,16 @@ def _indexed(collection: Collection) -> str:
     return "doc_vector" if width <= INDEXED_WIDTH else f"(doc_vector::halfvec({width}))"
 
 
+def _storable(values: Iterable[Any]) -> list[Any]:
+    """Return the values that a row may have; the server refuses others also in comparisons."""
+    return [value for value in values if not isinstance(value, str) or NUL not in value]
+
+
+def _lock_names(connection: Any) -> None:
+    """Wait for other transactions that create a collection or switch an alias."""
+    connection.execute("SELECT pg_advisory_xact_lock(%s)", [hash64("bigdssm")])
+
+
 def _lock_rows(connection: Any, collection: Collection) -> None:
     """Wait for other writes: a write compares versions with the tombstones of finished deletes only."""
     statement = "SELECT FROM bigdssm_collections WHERE name = %s FOR UPDATE"
@@ -579,4 +650,4 @@ def _condition(where: Expression | None, collection: Collection) -> tuple[Any, l
     else:
         cast = f"%s::{TYPES[type]}[]"
         form = f"{{0}} = ANY({cast})" if is_in else f"({{0}} IS NOT NULL AND {{0}} <> ALL({cast}))"
-    return sql.SQL(form).format(column), [list(where.values)]
+    return sql.SQL(form).format(column), [_storable(where.values)]

@@ -5,8 +5,8 @@ bigdssm_vectors_NAME      a point per document: doc_key, doc_title, doc_model, d
 bigdssm_tombstones_NAME   a point per deleted key (by its hash, not the key itself): version
 bigdssm_alias_ALIAS       an alias of Qdrant
 
-The id of a point is the 128-bit hash of its key. Versions are compared by the server: a write updates points of earlier
-versions only. The API key comes from QDRANT_API_KEY.
+The id of a point is the 128-bit hash of its key, doc_version the number of a publication. Versions are compared by the
+server: a write updates points of earlier versions only. The API key comes from QDRANT_API_KEY.
 """
 
 import atexit
@@ -89,6 +89,7 @@ class QdrantStore(Store):
         """Create the points, tombstones and payload indexes of a collection, or replace its description."""
         name, options = collection.name, collection.options
         self._check_name(name)
+        self.check_new_collection(name)
         if invalid := [column for column in collection.columns if column.startswith("doc_") or '"' in column]:
             raise ConfigError(
                 f"column {invalid[0]!r}: needs a name without double quotes that does not begin with doc_"
@@ -180,7 +181,7 @@ class QdrantStore(Store):
     def switch(self, alias: str, name: str) -> None:
         """Replace the alias in one step."""
         self._check_name(alias)
-        self.check_complete(name)
+        self.check_switch(alias, name)
         current = self.aliases().get(alias)
         if current is not None and current.name == name:
             return

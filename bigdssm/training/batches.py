@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.config import Config, StageConfig
-from bigdssm.dataset.catalogue import NO_ROWS, candidate_rows
+from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
 from bigdssm.features import PADDING, histories_of, texts_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
@@ -80,8 +81,7 @@ class BatchBuilder:
         """Sample negatives from `hard_negatives`, which may be replaced between calls of `read_batches`.
 
         documents: vectors that take the place of documents' features. tables: names of tables sharded by rows. Of their
-        ids, and of those of the items of histories, the share `id_dropout` is out of vocabulary in each step; items
-        that are always so are then no negatives.
+        ids, and of those of the items of histories, the share `id_dropout` is out of vocabulary in each step.
         """
         dataset = stream.dataset
         self.hard_negatives, self._documents = hard_negatives, documents
@@ -96,19 +96,18 @@ class BatchBuilder:
         self._collator = Collator(dataset.schema, catalogue, reads_documents=documents is None)
         self._tabled = tables_of_features(dataset.schema, tables) if tables else []
         self._dropped, self._id_dropout = [], id_dropout
-        self.undrawn = NO_ROWS if catalogue is None else catalogue.withdrawn  # documents that are no negatives
+        # of the rows' documents alone, there is nothing to draw from
+        negatives = NegativeDocuments(0) if catalogue is None else NegativeDocuments.of(dataset, id_dropout)
+        self._negative_documents = negatives
+        self.undrawn = negatives.undrawn
         if id_dropout:
             items = {str(history.of) for history in histories_of(dataset.schema.query).values()}
             of_items = {table_name("doc", name) for name in items}
             self._dropped = tables_of_features(dataset.schema, {*tables, *of_items})
-            if catalogue is not None:  # unknown items: as negatives of all steps they would never be answers
-                for name in items:
-                    codes = catalogue.codes(name, np.arange(catalogue.num_docs))
-                    self.undrawn = np.union1d(self.undrawn, np.flatnonzero(codes == OUT_OF_VOCABULARY))
         is_weighted = stage.negatives.popular > 0
         self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum() if is_weighted else None
         # read before loader processes start, which then share their pages
-        self._since = dataset.item_times if catalogue is not None and dataset.header.dated else None
+        self._since = negatives.since
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
 
     def __call__(self, rows: Rows) -> Batch:
@@ -130,10 +129,12 @@ class BatchBuilder:
                 )  # fmt: skip
             else:
                 batch = self._collator(rows, negatives=negatives, extra_docs=share)
-            if len(self.undrawn):  # only positives are
-                batch = replace(batch, undrawn=torch.from_numpy(np.isin(batch.doc_rows.numpy(), self.undrawn)))
         else:
             batch = self._collator(rows, negatives=negatives, extra_docs=self.drawn(rows.step))
+        given = self._config.columns == "batch"
+        if len(self._negative_documents.unknown if given else self.undrawn):  # on all ranks, whatever their documents
+            allowed = self._negative_documents.allow(batch.doc_rows.numpy(), given=given)
+            batch = replace(batch, no_negative=torch.from_numpy(~allowed))
         if scores is not None:
             batch = replace(batch, teacher=torch.from_numpy(scores))
         if shown is not None and self._is_position_biased:
@@ -165,7 +166,8 @@ class BatchBuilder:
             return None, None, None
         epoch, k = rows.step // self._steps_per_epoch, self._config.hard
         if isinstance(self.hard_negatives, UniformNegatives):
-            return self.hard_negatives.sample(rows, epoch, self._seed, k)
+            times = None if self._since is None else self._dataset.request_times(rows)
+            return self.hard_negatives.sample(rows, epoch, self._seed, k, times)
         chosen = self.hard_negatives.sample(rows, epoch, self._seed, k, self._teacher_margin)
         return chosen if self._distils else chosen._replace(teacher=None)
 

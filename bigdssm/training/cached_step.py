@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ DEFAULT_TOKENS: Mapping[str, Sequence[str]] = {
     )
 }  # fmt: skip
 """By mask: the inputs of transformers' models with one entry per token."""
+_COMPARED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+"""By model: the forwards, (modes of its modules, sides), whose buffers were compared."""
 
 
 def pair_batch(
@@ -125,7 +128,7 @@ def cached_step(
     `Encoded`, as `TwoTowers` does. chunk_tokens: tokens of a chunk with padding, plus one per row; 0: no chunks.
     retained_tokens: tokens of the chunks that are not encoded again, by default one chunk. encode_side: calls an engine
     that does not return `Encoded`; the score is then alpha times the product of its vectors. The loss is the same on
-    every rank. Raises ConfigError: FSDP, accumulated steps. Source: Gao et al. 2021.
+    every rank. Raises ConfigError: FSDP, accumulated steps, a model with state. Source: Gao et al. 2021.
     """
     budget = TokenBudget(chunk_tokens, chunk_tokens if retained_tokens is None else retained_tokens)
     for name, tokens in (("chunk_tokens", budget.chunk_tokens), ("retained_tokens", budget.retained_tokens)):
@@ -134,8 +137,10 @@ def cached_step(
     if isinstance(loss, type) or (not callable(loss) and not isinstance(loss, LossConfig)):
         raise ConfigError(f"loss: got {loss!r}, needs a loss such as bigdssm.losses.FPS(), or a function")
     function = loss_function(loss, batch) if isinstance(loss, LossConfig) else loss
-    step_engine = _step_engine(engine, encode_side, alpha)
-    encoded, towers_backward, plan = encode(step_engine, batch, plan_step(batch, budget), {})
+    _check_trainer()
+    plan = plan_step(batch, budget)
+    step_engine = _step_engine(engine, encode_side, alpha, in_chunks=not plan.whole)
+    encoded, towers_backward, _ = encode(step_engine, batch, plan, {})
     if not torch.is_grad_enabled():
         return function(encoded, batch)
 
@@ -248,8 +253,7 @@ def _check_trainer() -> None:
         )
 
 
-def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> StepEngine:
-    _check_trainer()
+def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float, in_chunks: bool) -> StepEngine:
     if isinstance(engine, nn.parallel.DistributedDataParallel):
         engine = engine.module  # the wrapper's reduction expects one backward per forward
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -276,11 +280,83 @@ def _step_engine(engine: Any, encode_side: EncodeSide | None, alpha: float) -> S
         }
         return Encoded(vectors.get("query"), vectors.get("doc"), None, scale)
 
-    if "deepspeed" in sys.modules and isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine):
+    is_deepspeed = "deepspeed" in sys.modules and isinstance(engine, sys.modules["deepspeed"].DeepSpeedEngine)
+    model = engine.module if is_deepspeed else engine
+    encode_sides = _with_compared_buffers(model, call) if in_chunks else call
+    if is_deepspeed:
         from bigdssm.training.engine import DeepSpeedStepEngine  # with DeepSpeed only
 
-        return DeepSpeedStepEngine(engine, call)
-    return ModuleStepEngine(engine, call)
+        step_engine = DeepSpeedStepEngine(engine, encode_sides)
+        _check_gradients(step_engine.module, step_engine.zero_stage)
+        return step_engine
+    return ModuleStepEngine(engine, encode_sides)
+
+
+def _with_compared_buffers(model: nn.Module, call: Callable[..., Encoded]) -> Callable[..., Encoded]:
+    """Return `call`, whose first forward of each side in a mode of the model must not change a buffer."""
+    mode = tuple(module.training for module in model.modules())
+    compared = _COMPARED.setdefault(model, set())
+
+    def compared_call(**inputs: Inputs | None) -> Encoded:
+        forward = (mode, *(side for side, values in inputs.items() if values is not None))
+        if forward in compared:
+            return call(**inputs)
+        with _unchanged_buffers(model):
+            encoded = call(**inputs)
+        compared.add(forward)
+        return encoded
+
+    return compared_call
+
+
+@contextmanager
+def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Raise ConfigError if a forward in this context changes a buffer; the buffers then have their earlier values."""
+    retained = [
+        (owner, name, buffer, buffer.clone())
+        for owner in model.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and buffer.layout == torch.strided
+    ]
+    yield
+    changed = [one for one in retained if not _is_equal(one[0]._buffers.get(one[1]), one[3])]
+    if not changed:
+        return
+    with torch.no_grad():
+        for owner, name, buffer, earlier in changed:
+            owner._buffers[name] = buffer.copy_(earlier)
+    owner, name, *_ = changed[0]
+    module = next(path for path, one in model.named_modules() if one is owner)
+    raise ConfigError(
+        f"{module}.{name}: got a buffer that a forward of {type(owner).__name__} changes, which chunks do several "
+        "times; needs a forward without state, or a step without chunks (chunk_tokens 0)"
+    )
+
+
+def _is_equal(now: Tensor | None, earlier: Tensor) -> bool:
+    """Return whether a buffer has its earlier values; NaN equals NaN."""
+    if now is None or now.shape != earlier.shape or now.dtype != earlier.dtype or now.device != earlier.device:
+        return False
+    return bool(((now == earlier) | ((now != now) & (earlier != earlier))).all())
+
+
+def _check_gradients(model: nn.Module, zero_stage: int) -> None:
+    """Raise ConfigError for gradients DeepSpeed cannot reduce: sparse at ZeRO 3 or in float64, float64 at ZeRO 0."""
+    for name, module in model.named_modules():
+        is_sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        if not is_sparse or not module.weight.requires_grad:
+            continue
+        if zero_stage == 3 or module.weight.dtype == torch.float64:
+            raise ConfigError(
+                f"{name}: got {type(module).__name__} with sparse=True and {module.weight.dtype} at ZeRO {zero_stage}, "
+                "where DeepSpeed reduces dense gradients only; needs sparse=False"
+            )
+    for name, parameter in model.named_parameters():
+        if zero_stage == 0 and parameter.dtype == torch.float64 and parameter.requires_grad:
+            raise ConfigError(
+                f"{name}: got float64 at ZeRO 0, where DeepSpeed reduces 16- and 32-bit gradients only; needs float32 "
+                "weights, or ZeRO 1 to 3"
+            )
 
 
 def _inputs(side: str, inputs: Any) -> dict[str, Tensor]:

@@ -104,11 +104,11 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
         raise ConfigError(f"run.dir: {folder} cannot be created, since {existing} {reason}; choose another run.dir")
     source = config.initial_model(name)
     if stage.warm_start.window:
-        key = f"{name}.warm_start.window: got {stage.warm_start.window}, needs 0"
+        key = f"{name}.warm_start.window"
         if source is not None:
-            raise ConfigError(f"{key}: {name} starts from {source}, whose tables have been trained")
-        if dataset.sequences is None or not histories_of(dataset.schema.query):
-            raise ConfigError(f"{key}: rows of {dataset.dir} have no histories")
+            logger.info("%s has no effect: %s starts from %s, whose tables have been trained", key, name, source)
+        elif dataset.sequences is None or not histories_of(dataset.schema.query):
+            raise ConfigError(f"{key}: got {stage.warm_start.window}, needs 0: rows of {dataset.dir} have no histories")
     if source is None:
         check_model(config.model, dataset.schema, dataset.vocab_size)
         for key, text in config.text_encoders().items():
@@ -168,7 +168,7 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
                 "replicated, see model.tables.rows", ", ".join(f"model.tables.{key}" for key in keys), tables.rows_from,
             )  # fmt: skip
         return
-    shares = any(spec.hash_rows for spec in model.tables.sharded.values())
+    shares = any(spec.hash_rows for spec in model.tables.sharded.values()) and config.initial_model(name) is None
     for key, got, needed, reason in (
         ("weight_average", stage.weight_average, 0.0, "the average would hold every row"),
         ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),

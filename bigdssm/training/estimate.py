@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import Config, EngineConfig, StageName
 from bigdssm.dataset.dataset import Dataset, open_dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import Text
@@ -245,7 +246,9 @@ def estimate(
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
     drawn = {kind: -(-getattr(stage.negatives, kind) // world_size) for kind in ("uniform", "popular")}
     share = replace(stage, negatives=replace(stage.negatives, **drawn), distillation=None)
-    negatives = UniformNegatives(dataset.catalogue.num_docs) if stage.negatives.hard else None  # in place of mined ones
+    negatives = None
+    if stage.negatives.hard:  # in place of mined ones
+        negatives = UniformNegatives(NegativeDocuments(dataset.catalogue.num_docs))
     documents = None
     if stage.documents.vectors:  # without their model
         vectors_dir = Path(stage.documents.vectors)

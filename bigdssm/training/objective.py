@@ -32,6 +32,7 @@ from bigdssm.losses import (
 from bigdssm.losses.contrastive import SharedColumns
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.losses.ids import occurrences
+from bigdssm.losses.inputs import add_biases
 from bigdssm.models import Encoded
 
 
@@ -110,6 +111,8 @@ class Objective:
         absent = batch.negatives < 0
         if batch.time is not None and batch.since is not None:
             absent |= batch.since[batch.negatives] > batch.time[:, None]
+        if batch.no_negative is not None:
+            absent |= batch.no_negative[batch.negatives]
         absent = torch.nn.functional.pad(absent, (1, 0))  # the positive is always present
         scores = encoded.scores.float().masked_fill(absent, -torch.inf)
         biased = scores if self._position_bias is None else scores + self._position_bias(batch.shown)
@@ -139,6 +142,11 @@ class Objective:
         else:
             # this loss applies counts itself: only positives are shared among queries
             counts, neg_bias = occurrences(batch.positive, len(batch.doc_ids)), None
+        candidates = None if self._loss.all_columns else batch.negatives
+        if batch.no_negative is not None:
+            neg_bias = add_biases(neg_bias, torch.where(batch.no_negative, -torch.inf, 0.0).double())
+            if candidates is not None:
+                candidates = candidates.masked_fill(batch.no_negative[candidates.clamp(min=0)], -1)
         assert self._stage.sampling.name != "auto", "resolved by Config"
         if self._sampling is not None:
             if self._streaming is not None:
@@ -156,7 +164,7 @@ class Objective:
             inputs = LossBatch(
                 *vectors, batch.positive, alpha=encoded.alpha, beta=beta, neg_bias=neg_bias, weight=weight,
                 doc_ids=batch.doc_ids, time=batch.time, since=batch.since,
-                negatives=None if self._loss.all_columns else batch.negatives, score_bias=score_bias, **queries,
+                negatives=candidates, score_bias=score_bias, **queries,
             )  # fmt: skip
             columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
             output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
@@ -305,4 +313,4 @@ def catalogue_share(num_docs: int, rank: int, world_size: int) -> np.ndarray:
 def in_catalogue_share(batch: Batch, rank: int, world_size: int) -> Tensor:
     """Return bool [n]: whether columns are in the rank's catalogue share, without those that are no negatives."""
     local = batch.doc_rows % world_size == rank
-    return local if batch.undrawn is None else local & ~batch.undrawn
+    return local if batch.no_negative is None else local & ~batch.no_negative

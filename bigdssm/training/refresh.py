@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in
-from bigdssm.config import Config, StageName
+from bigdssm.config import Config, StageConfig, StageName
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError
 from bigdssm.features import texts_of
@@ -49,6 +50,7 @@ from bigdssm.utils.hashing import hash64
 from bigdssm.utils.log import Progress, get_logger
 
 logger = get_logger(__name__)
+CONTENTS_PER_EPOCH = 10  # how often the contents of items are computed, by default
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class HardNegativeRefresh:
         if stage.negatives.hard == 0:
             return None, None
         if stage.negatives.mining.uniform:
-            catalogue = self.dataset.catalogue
-            return UniformNegatives(catalogue.num_docs, catalogue.withdrawn), None
+            return UniformNegatives(self._negative_documents), None
         mining_step = self._mining_step(step)
         file = stage.negatives.mining.file
         path = self.path(mining_step) if file is None else Path(file)
@@ -121,6 +122,10 @@ class HardNegativeRefresh:
         return config.stage_dir(self.name) / f"mined_negatives{partitions}{mining_step}.npy"
 
     @property
+    def _negative_documents(self) -> NegativeDocuments:
+        return NegativeDocuments.of(self.dataset, self.config.model.tables.id_dropout)
+
+    @property
     def _every_steps(self) -> int:
         return self.config.stage(self.name).negatives.mining.every_steps
 
@@ -154,6 +159,7 @@ class HardNegativeRefresh:
                 encoders, self.dataset, next_rows() if is_partial else None,
                 first=mining.first, last=mining.last, margin=mining.margin, exact_up_to=mining.exact_up_to,
                 documents=documents, share=share, exclude_seen=config.data.exclude_seen,
+                negatives=self._negative_documents,
             )  # fmt: skip
         return gather_hard_negatives(self.path(step), local, self.dataset), documents
 
@@ -212,8 +218,8 @@ class CachedTexts(_RefreshedTable):
         owner[fresh] = rank
         owner = distributed.all_reduce(owner, "min")
         columns = torch.cat([owner[fresh] == rank, owner[stale] == world_size])
-        if batch.undrawn is not None:
-            columns &= ~batch.undrawn
+        if batch.no_negative is not None:
+            columns &= ~batch.no_negative
         return replace(
             batch, doc={**batch.doc, **{CACHED + name: vectors for name, vectors in doc.items()}},
             stale={**batch.stale, **without}, columns=columns,
@@ -232,3 +238,13 @@ class ItemContents(_RefreshedTable):
             with timing.span("contents of items"):
                 self._table = item_contents(self._engine.deepspeed, self._dataset, device())
         cast(DualEncoder, self._engine.module).set_contents(self._table)
+
+
+def contents_period(stage: StageConfig, steps_per_epoch: int) -> int:
+    """Return the number of steps between computations of the contents of items.
+
+    The first contents are those of the initial weights: a stage shorter than an epoch computes them as often as an
+    epoch does.
+    """
+    steps = min(steps_per_epoch, segment_steps(stage, steps_per_epoch))
+    return stage.refresh_contents_every_steps or max(1, steps // CONTENTS_PER_EPOCH)

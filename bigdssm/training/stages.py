@@ -19,8 +19,17 @@ import yaml
 
 from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import CHECKPOINTS, checkpoints_in, tensor_names
-from bigdssm.checkpoints.model_folder import dense_tables, load_initial_model, load_model_folder
+from bigdssm.checkpoints.model_folder import (
+    dense_tables,
+    is_model_folder,
+    load_initial_model,
+    load_model_folder,
+    model_identity,
+    read_model_meta,
+    weight_names,
+)
 from bigdssm.checkpoints.store import CheckpointStore
+from bigdssm.checkpoints.training_record import TRAINED, TrainingRecord
 from bigdssm.cluster.faults import install_faults
 from bigdssm.cluster.launcher import LauncherMonitor, check_launch
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
@@ -34,6 +43,7 @@ from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError, Preempted
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.loader.stream import RowStream
+from bigdssm.loader.workers import fork_server
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.encoders.text import text_configs
 from bigdssm.models.precision import resolve_engine_precision
@@ -55,16 +65,19 @@ from bigdssm.training.engine import (
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
-from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
+from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents, contents_period
 from bigdssm.training.start import (
     NEW_ROWS,
     GrownReader,
     StageProgress,
     StartPoint,
     check_folder,
+    continues_model,
     find_start,
+    initial_provenance,
     limit_ids,
     segment_steps,
+    starts_trained,
 )
 from bigdssm.training.trainer import Trainer
 from bigdssm.training.validation import Validator, WeightAverage
@@ -75,6 +88,7 @@ from bigdssm.utils.device import RandomState
 from bigdssm.utils.log import ProgressBar, default_logging, get_logger, metric_label
 
 logger = get_logger(__name__)
+START_MODEL = "start_model"  # in the state of a checkpoint
 
 
 def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
@@ -179,7 +193,7 @@ def build_trainer(
             here = "stored as they are trained" if spec.is_keyed else f"up to {share} here"
             logger.info("table %s: %d rows of width %d sharded over the ranks, %s, in %s memory",
                         spec.name, spec.stored_rows, spec.dim, here, memory)  # fmt: skip
-    if read is None and stage.warm_start.window:
+    if read is None and stage.warm_start.window and config.initial_model(name) is None:
         initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
     engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)
     frozen = frozen_checksum(model)
@@ -189,10 +203,15 @@ def build_trainer(
             "stage starts from (STAGE.init, text.init), and engine.precision if it was changed to or from bf16_pure, "
             "which rounds them, or choose another run.dir"
         )
+    start_folder = find_start_folder(config, name, model, start)
+    earlier = earlier_training(config, name, start)
+    start_model = find_start_model(config, name, start, start_folder)
+    own = training_of(dataset, stream) if distributed.is_main() else TrainingRecord({})  # reads blocks
+    trained = distributed.broadcast_object(own).after(earlier)
     origin: dict[str, Any] = {
         "config": config.to_dict(), "versions": versions(), "run_id": start.run_id, "stage": name,
         "precision": {"requested": config.engine.precision, "computed": engine_config.precision},
-        "frozen": frozen,
+        "frozen": frozen, TRAINED: trained.as_json(), START_MODEL: start_model,
     }  # fmt: skip
     if read is not None and tables is not None:  # before negatives are mined
         assert start.checkpoint is not None
@@ -232,23 +251,35 @@ def build_trainer(
             "%s.optimizer.warmup_steps=%d is more than half of the %d steps: warm-up takes %d of them",
             name, stage.optimizer.warmup_steps, num_segment_steps, warmup,
         )  # fmt: skip
+    lr_ratio = 1.0
+    if continues_model(config, name, dataset, progress.segment_start_step):
+        lr_ratio = stage.optimizer.continue_lr_ratio
+        logger.info(
+            "%s continues a model on newer data: learning rate %.2e, which is lr %.2e times continue_lr_ratio %g "
+            "(%s.optimizer; an lr on the command line is taken as it is)",
+            name, stage.optimizer.learning_rate * lr_ratio, stage.optimizer.learning_rate, lr_ratio, name,
+        )  # fmt: skip
     metrics_logger = MetricsLogger(
         name, engine, trackers, bar, total_steps, stage.rows_global, stage.log_every_steps,
         lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
     )  # fmt: skip
     row_log = partial(RowLog, folder, rank=rank, world_size=world_size, step=progress.step)
     refresh = stage.negatives.refresh_every_steps
+    contents = None
+    if model.content_ids:
+        contents = ItemContents(engine, dataset, contents_period(stage, stream.steps_per_epoch))
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
         batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
         texts=CachedTexts(engine, dataset, refresh) if refresh else None,
-        contents=ItemContents(engine, dataset, refresh or stream.steps_per_epoch) if model.content_ids else None,
+        contents=contents,
         validator=Validator(
             dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
-            continues=progress.segment_start_step > 0,
+            continues=progress.segment_start_step > 0, earlier=earlier, trained=trained,
         ),
         average=average,
-        starts_trained=config.initial_model(name) is not None or progress.segment_start_step > 0,
+        starts_trained=starts_trained(config, name, progress),
+        start_folder=start_folder, lr_ratio=lr_ratio,
         initial_documents=initial_documents, store=store, async_checkpoints=engine_config.async_checkpoints,
         metrics_logger=metrics_logger, alert=SpikeAlert(folder, rank, world_size, progress.step),
         consumed_log=row_log(CONSUMED) if config.debug.log_row_ids else None, skipped_log=row_log(SKIPPED),
@@ -258,6 +289,47 @@ def build_trainer(
     if read is not None:
         trainer.load_state_dict(start, read)
     return trainer
+
+
+def earlier_training(config: Config, name: StageName, start: StartPoint) -> TrainingRecord | None:
+    """Return the record of the training of a segment's initial weights; None: new weights, or without a record."""
+    if start.checkpoint is not None:
+        return TrainingRecord.of(start.checkpoint.state)
+    source = config.initial_model(name)
+    return None if source is None else TrainingRecord.of(initial_provenance(source))
+
+
+def training_of(dataset: Dataset, stream: RowStream) -> TrainingRecord:
+    """Return the record of a segment; of plain shards, which are no partitions, it is empty."""
+    return TrainingRecord({}) if stream.inline else TrainingRecord.of_dataset(dataset)
+
+
+def find_start_folder(config: Config, name: StageName, model: DualEncoder, start: StartPoint) -> Path | None:
+    """Return the model folder whose weights a segment starts from, None if there is none with exactly these.
+
+    Only new rows of tables are not in it: those of values that its training did not have. Weights that the stage adds,
+    such as adapters and scorers, make it another model, and so does a document tower that it copies.
+    """
+    best, source = config.stage_dir(name) / "best", config.initial_model(name)
+    if start.progress.segment_start_step > 0:
+        has_new_average = config.stage(name).weight_average > 0 and bool(start.new_codes)
+        return best if start.best_is_start and is_model_folder(best) and not has_new_average else None
+    if source is None or not is_model_folder(source) or config.stage(name).documents.model is not None:
+        return None
+    return source if weight_names(source) == set(model.state_dict()) else None
+
+
+def find_start_model(config: Config, name: StageName, start: StartPoint, start_folder: Path | None) -> str | None:
+    """Return the checksum of the model that a segment starts from; None: new weights, or those of a checkpoint."""
+    if start.same_segment and start.checkpoint is not None:
+        saved: str | None = start.checkpoint.state.get(START_MODEL)
+        return saved
+    source = start_folder
+    if source is None and start.checkpoint is None:
+        source = config.initial_model(name)
+    if source is None or not is_model_folder(source):
+        return None
+    return model_identity(read_model_meta(source))
 
 
 _training = threading.Lock()
@@ -324,6 +396,8 @@ def run_stage(
         check_folder(config, name, resume)
     stage_config, folder = config.stage(name), config.stage_dir(name)
     stop = stop or StopRequest()
+    if config.data.num_workers:
+        fork_server.start([BatchBuilder.__module__])  # its imports take seconds, while the stage is prepared
     init_process_group()
     lock = FolderLock(folder)
     with ExitStack() as after:  # closed after the watchdog: trackers may take long to upload
@@ -380,8 +454,33 @@ def run_stage(
                 )  # fmt: skip
                 stop.defer_signals()
                 progress = trainer.train()
-    logger.info("%s finished: %s", name, trainer.validator.describe(progress, stage_config.validation_metric))
+                keeps_start = trainer.keeps_start()
+                lock.result = {"best": describe_best(config, name, trainer)}
+    described = trainer.validator.describe(progress, stage_config.validation_metric, keeps_start=keeps_start)
+    logger.info("%s finished: %s", name, described)
+    if keeps_start and distributed.is_main():
+        best = lock.result["best"]
+        logger.warning(
+            "%s changed nothing: %s/best has the weights that it started from, model %s, because no later validation "
+            "was selected over theirs on %d queries of %s; hold out or append more rows, or train on more data",
+            name, folder, best["model"][:12], best["queries"], trainer.validator.partition_names(),
+        )  # fmt: skip
     return progress
+
+
+def describe_best(config: Config, name: StageName, trainer: Trainer) -> dict[str, Any]:
+    """Return the part of the end record on best/: its step, model, number of queries, and the model of the start."""
+    progress, best = trainer.progress, config.stage_dir(name) / "best"
+    if not is_model_folder(best):
+        return {}
+    return {
+        "step": progress.best_step,
+        "initial": trainer.keeps_start(),
+        "validation": progress.best if isfinite(progress.best) else None,
+        "queries": trainer.validator.num_queries,
+        "model": model_identity(read_model_meta(best)),
+        "start": trainer.origin[START_MODEL],
+    }
 
 
 @dataclass(frozen=True)
@@ -390,6 +489,7 @@ class StageResult:
 
     best: Path  # the model folder of the best validation
     metrics: dict[str, Any]  # of that validation: step, ndcg_at_10, …; empty without a validation split
+    changed: bool = True  # False: best/ has the trained weights that the stage, or its segment, started from
 
 
 @checked
@@ -418,7 +518,8 @@ def _train(config: Config, stage: StageName, resume: bool) -> StageResult:
     # the newest record of the best step: an earlier one may be of another segment
     records = (record for record in reversed(progress.history) if record["step"] == progress.best_step)
     metrics: dict[str, Any] = next(records, {}) if isfinite(progress.best) else {}
-    return StageResult(config.stage_dir(stage) / "best", metrics)
+    changed = not starts_trained(config, stage, progress) or progress.best_step > progress.segment_start_step
+    return StageResult(config.stage_dir(stage) / "best", metrics, changed)
 
 
 @contextmanager

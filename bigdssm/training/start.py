@@ -7,6 +7,7 @@ tables may grow. `check_folder` runs before anything is built, `find_start` once
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from bigdssm.checkpoints.checkpoint import (
     checkpoints_in,
     read_manifest,
 )
+from bigdssm.checkpoints.model_folder import read_model_meta
 from bigdssm.checkpoints.store import CheckpointStore
+from bigdssm.checkpoints.training_record import TRAINED, TrainingRecord
 from bigdssm.cluster.metrics import CONFIG_FILE
 from bigdssm.cluster.run_folder import RUNNING_FILE, run_identity
 from bigdssm.config import Config, StageConfig, StageName, config_from, differences, load_written_config
@@ -106,6 +109,7 @@ class StartPoint:
     checkpoint: LoadedCheckpoint | None = None
     same_segment: bool = False  # the stream continues where the checkpoint was written
     new_codes: Mapping[str, np.ndarray] = field(default_factory=dict)  # by table: ids that this segment makes known
+    best_is_start: bool = False  # a new segment starts from the weights in best/
 
 
 def check_folder(config: Config, name: StageName, resume: bool) -> None:
@@ -173,6 +177,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     before = _check_origin(checkpoint, run_id, config, name)
     progress = StageProgress.from_state_dict(checkpoint.state["progress"])
     same_segment = stream.check_state(checkpoint.state["stream"])
+    best_is_start = not same_segment and progress.best_step == progress.step == progress.validated_at
     if same_segment:
         if changed := [change for change in _changes(before, config, name, "segment") if change.startswith(name)]:
             raise ConfigError(f"{changed[0]}: it may change only where a run continues on new partitions; set it back")
@@ -183,7 +188,7 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
             progress, segment_start_step=progress.step, segment_start_applied=progress.applied, best=float("-inf"),
             best_step=progress.step, validations_since_best=0, validated_at=-1,
         )  # fmt: skip
-    return StartPoint(run_id, progress, checkpoint, same_segment)
+    return StartPoint(run_id, progress, checkpoint, same_segment, best_is_start=best_is_start)
 
 
 def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> StartPoint:
@@ -261,6 +266,38 @@ def _check_length(
         "%s takes %d steps, previously %d: the learning rate follows the longer schedule from here on, %.2e "
         "at step %d in place of %.2e", name, steps, before, now, checkpoint.step, was,
     )  # fmt: skip
+
+
+def starts_trained(config: Config, name: StageName, progress: StageProgress) -> bool:
+    """Return whether a segment starts from the weights of another stage or segment."""
+    return config.initial_model(name) is not None or progress.segment_start_step > 0
+
+
+def continues_model(config: Config, name: StageName, dataset: Dataset, segment_start_step: int) -> bool:
+    """Return whether a stage continues a model of its kind on newer data: a new segment, or the next night.
+
+    The night starts from a model of this stage that was trained on this dataset, or with data.from_partition.
+    """
+    if segment_start_step > 0:
+        return True
+    source = config.initial_model(name)
+    if source is None:
+        return False
+    provenance = initial_provenance(source)
+    if provenance.get("stage") != name:
+        return False
+    earlier = TrainingRecord.of(provenance)
+    is_known = earlier is not None and earlier.num_known(dataset) > 0
+    return is_known or config.data.from_partition is not None
+
+
+def initial_provenance(source: Path) -> dict[str, Any]:
+    """Return the provenance of the model folder or checkpoint that a stage starts from."""
+    if source.parent.name != CHECKPOINTS:
+        provenance: dict[str, Any] = read_model_meta(source)["provenance"]
+        return provenance
+    state = read_manifest(source).state
+    return {"stage": state.get("stage"), TRAINED: state.get(TRAINED)}
 
 
 def segment_steps(stage: StageConfig, steps_per_epoch: int) -> int:

@@ -303,7 +303,7 @@ def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChun
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
-    """Raise ConfigError for a module whose output or state depends on the rows of a forward, or on their number."""
+    """Raise ConfigError for a module whose output, state or gradient depends on the rows of a forward."""
     for name, module in model.named_modules():
         batch_norm, instance_norm = isinstance(module, _BatchNorm), isinstance(module, _InstanceNorm)
         updated = batch_norm or isinstance(module, _SpectralNorm) or (instance_norm and module.track_running_stats)
@@ -312,6 +312,12 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
             raise ConfigError(
                 f"{name}: got {type(module).__name__} in training mode, whose output or state depends on the rows of a "
                 "chunk; needs .eval(), a norm per row such as LayerNorm, or a step without chunks (chunk_tokens 0)"
+            )
+        is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        if is_embedding and module.scale_grad_by_freq and module.weight.requires_grad:
+            raise ConfigError(
+                f"{name}: got {type(module).__name__} with scale_grad_by_freq=True, which divides gradients by the "
+                "counts of ids in a chunk; needs scale_grad_by_freq=False, or a step without chunks (chunk_tokens 0)"
             )
 
 

@@ -68,6 +68,8 @@ class Trainer:
     validator: Validator
     average: WeightAverage | None
     starts_trained: bool  # from the weights of another stage or segment
+    start_folder: Path | None  # a model folder with exactly the initial weights, which best/ keeps if they are the best
+    lr_ratio: float  # of all learning rates; below 1 where the stage continues a model on newer data
     initial_documents: DocumentVectors | None  # this rank's, of the initial weights, if mining encoded them
     store: CheckpointStore
     async_checkpoints: bool
@@ -171,7 +173,7 @@ class Trainer:
         # the schedule counts the applied steps of the segment
         segment_steps = self.total_steps - progress.segment_start_step
         applied = progress.applied - progress.segment_start_applied
-        lr_factor = schedule_factor(applied, segment_steps, stage.optimizer)
+        lr_factor = self.lr_ratio * schedule_factor(applied, segment_steps, stage.optimizer)
         if self.texts is not None:
             batch = self.texts.complete(batch)
         if self.contents is not None:
@@ -210,6 +212,10 @@ class Trainer:
         patience = self.stage.patience
         out_of_patience = patience > 0 and self.progress.validations_since_best >= patience
         return out_of_patience or self.progress.step >= self.total_steps
+
+    def keeps_start(self) -> bool:
+        """Return True if best/ has the trained weights that this segment started from."""
+        return self.starts_trained and self.progress.best_step == self.progress.segment_start_step
 
     def _validate_at_start(self) -> None:
         """Validate the initial model, or repeat a validation that the interrupted run did not finish."""
@@ -255,8 +261,9 @@ class Trainer:
             if is_taken:
                 progress.best_step = progress.step
                 progress.best = progress.best if score is None else score
-                origin = {"stage": self.name, "step": progress.step, "validation": score}
-                self.validator.save_best(self.engine, origin)
+                is_start = self.keeps_start()
+                origin = {"stage": self.name, "step": progress.step, "validation": score, "initial": is_start}
+                self.validator.save_best(self.engine, origin, retained=self.start_folder if is_start else None)
 
     def save(self, in_background: bool) -> None:
         """Write a checkpoint, optionally in the background, after the previous one."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bigdssm import distributed
-from bigdssm.checkpoints.model_folder import FROZEN_FILE, holds_weights, is_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import (
+    FROZEN_FILE,
+    holds_weights,
+    is_model_folder,
+    keep_model_folder,
+    read_model_meta,
+    save_model_folder,
+)
+from bigdssm.checkpoints.training_record import TRAINED, TrainingRecord
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
@@ -38,14 +47,18 @@ class Validator:
     def __init__(
         self, dataset: Dataset, config: Config, stage: StageName, rows_per_chunk: int,
         fixed: FixedDocuments | None = None, keeps_frozen: bool = False, continues: bool = False,
+        earlier: TrainingRecord | None = None, trained: TrainingRecord | None = None,
     ) -> None:  # fmt: skip
         """keeps_frozen: the file of frozen weights in best/ is of this segment.
+
+        earlier, trained: the data of the initial weights, and of those of this segment in addition.
 
         continues: the segment continues on newer partitions. It validates on the newest partition with validation rows;
         if this is older than the newest training data, `decides` is False: its rows would favour the old weights.
         """
         self._dataset, self._config, self._rows_per_chunk, self._fixed = dataset, config, rows_per_chunk, fixed
         self._keeps_frozen = keeps_frozen
+        self._earlier, self._trained = earlier, trained
         self._best_dir, self._stage = config.stage_dir(stage) / "best", config.stage(stage)
         self._validation = dataset.newest_part(SPLIT) if continues else dataset
         self.decides = max(p.number for p in self._validation.partitions) >= max(p.number for p in dataset.partitions)
@@ -86,16 +99,29 @@ class Validator:
                 progress=progress,
             )
 
-    def describe(self, progress: StageProgress, metric: str) -> str:
-        """Format the weights in best/, the rows that they were validated on, and the values that were compared."""
+    @property
+    def num_queries(self) -> int:
+        """Return the number of queries that validations select by, 0 if they do not."""
+        return self._validation.num_queries(SPLIT) if self.decides else 0
+
+    def partition_names(self) -> str:
+        """Return the names of the validated partitions, for messages."""
+        return ", ".join(partition.name for partition in self._validation.partitions)
+
+    def describe(self, progress: StageProgress, metric: str, *, keeps_start: bool = False) -> str:
+        """Format the weights in best/, the rows that they were validated on, and the values that were compared.
+
+        keeps_start: best/ has the trained weights that the segment started from.
+        """
         best = f"{progress.describe_best(metric, decides=self.decides)} at step {progress.best_step}"
+        if keeps_start:
+            best = f"the initial weights are the best, unchanged: {best}"
         at_start = [entry for entry in progress.history if entry["step"] == progress.segment_start_step]
         # the last one: an earlier segment may have ended with a validation at this step
         segment = at_start[-1:] + [entry for entry in progress.history if entry["step"] > progress.segment_start_step]
         if not segment or not self._validation.num_rows(SPLIT):
             return best
-        names = ", ".join(partition.name for partition in self._validation.partitions)
-        data = f"validated on {self._validation.num_queries(SPLIT):,} queries of {names}"
+        data = f"validated on {self._validation.num_queries(SPLIT):,} queries of {self.partition_names()}"
         if not self.decides:
             data += ", which are older than the newest training data and select nothing"
         if segment[0]["step"] == progress.segment_start_step < segment[-1]["step"]:
@@ -113,12 +139,20 @@ class Validator:
             recover(self._best_dir)
         return distributed.broadcast_object(not is_model_folder(self._best_dir))
 
-    def save_best(self, engine: Engine, provenance: dict[str, Any]) -> None:
+    def save_best(self, engine: Engine, provenance: dict[str, Any], *, retained: Path | None = None) -> None:
         """Write the current weights to the best/ folder. All ranks must call it.
 
-        Raises CheckpointError: they cannot be written; the previous folder is kept.
+        retained: a model folder with exactly these weights: best/ gets its files, and has its checksum. Raises
+        CheckpointError: they cannot be written; the previous folder is kept.
         """
+        record = self._earlier if provenance.get("initial") else self._trained
+        provenance = {**provenance, "queries": self.num_queries}
+        if record is not None:
+            provenance[TRAINED] = record.as_json()
         with timing.span("model folder"):
+            if retained is not None:
+                self._keep(retained, provenance)
+                return
             model, frozen = cast(DualEncoder, engine.module), self._best_dir / FROZEN_FILE
             frozen_weights = model.frozen_weights()
             is_written = distributed.broadcast_object(self._keeps_frozen and holds_weights(frozen, frozen_weights))
@@ -154,6 +188,19 @@ class Validator:
                     error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
             distributed.raise_together(error)
             self._keeps_frozen = True
+
+    def _keep(self, source: Path, provenance: dict[str, Any]) -> None:
+        error: BigDSSMError | None = None
+        if distributed.is_main():
+            try:
+                own = read_model_meta(source)["provenance"]
+                shared = {name: own[name] for name in ("dataset", "documents") if name in own}
+                keep_model_folder(source, self._best_dir, self._config, {**provenance, **shared})
+            except BigDSSMError as problem:
+                error = problem
+            except OSError as problem:
+                error = CheckpointError(f"could not write {self._best_dir}: {problem}; the previous one is kept")
+        distributed.raise_together(error)
 
 
 class BestSelection:

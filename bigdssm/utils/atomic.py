@@ -35,9 +35,12 @@ def real_path(path: Path) -> Path:
     if not path.is_symlink():
         return path
     try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"{path} is a link that cannot be resolved: {error}") from None
+        resolved = path.resolve()
+    except RuntimeError:  # a circle, before Python 3.13
+        resolved = path
+    if resolved.is_symlink():
+        raise ConfigError(f"{path} is a link that cannot be resolved: it leads back to itself; name another path")
+    return resolved
 
 
 def check_replaceable(

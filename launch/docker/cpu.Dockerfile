@@ -1,12 +1,12 @@
 # bigdssm on a CPU, from the repository's root:
 #
 #   docker build -f launch/docker/cpu.Dockerfile -t bigdssm:cpu .
-#   docker run --rm --user "$(id -u)" --shm-size 2g -v "$PWD/datasets:/workspace/datasets" \
+#   docker run --rm --user "$(id -u)" -v "$PWD/datasets:/workspace/datasets" \
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cpu \
 #     bigdssm pretrain --config configs/movielens_100k.yaml
 #
 # The default PyTorch for Linux may be a large CUDA build: if your registry has CPU builds, select them with pip's
-# options, such as --build-arg PIP_EXTRA_INDEX_URL=… . Loader processes pass their rows in /dev/shm.
+# options, such as --build-arg PIP_EXTRA_INDEX_URL=… .
 FROM python:3.12-slim
 
 ARG PIP_INDEX_URL

@@ -300,6 +300,7 @@ class MemoryStore(Store):
         return dict(self.state["collections"])
 
     def create(self, collection: Collection) -> None:
+        self.check_new_collection(collection.name)
         self.state["collections"][collection.name] = collection
 
     def publishing(self, name: str) -> AbstractContextManager[None]:
@@ -366,7 +367,7 @@ class MemoryStore(Store):
         return dict(self.state["aliases"])
 
     def switch(self, alias: str, name: str) -> None:
-        self.check_complete(name)
+        self.check_switch(alias, name)
         current = self.state["aliases"].get(alias, Alias(name, None))
         self.state["aliases"][alias] = Alias(name, current.previous if current.name == name else current.name)
 

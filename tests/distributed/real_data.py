@@ -27,7 +27,7 @@ NUM_PACKAGES = 3000
 TEXT = {"init": None, "layers": 1, "hidden": 16, "heads": 2}
 NO_DROPOUT = {"dropout": 0.0, "item_dropout": 0.0}
 # With dot products a shift of all document vectors has no gradient: nothing to compare.
-MODEL: dict[str, Any] = {"dim": 16, "score": "cosine", "alpha_init": 10.0}
+MODEL: dict[str, Any] = {"dim": 16, "score": "cosine", "beta": "document", "alpha_init": 10.0}
 # A word that a batch holds once may have a gradient that is all but zero: with the usual eps Adam's steps for it are of
 # the size of lr, in the direction of its rounding noise.
 OPTIMIZER = {"lr": 0.001, "eps": 1.0e-5, "warmup_steps": 5}

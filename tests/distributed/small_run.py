@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
     "run": {"dir": "replaced", "trackers": []},
     "engine": {"precision": "fp32"},
     "data": {
+        "time_unit": "s",
         "dir": "replaced",
         "lanes": 6,
         "num_workers": 0,
@@ -41,6 +42,7 @@ CONFIG: dict[str, Any] = {
     },
     "model": {
         "dim": 16,
+        "beta": "document",
         "score": "cosine",  # with dot products a shift of all document vectors has no gradient: nothing to compare
         "alpha_init": 4.0,
         "query": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -315,6 +316,107 @@ def test_encoders_that_depend_on_the_rows_of_a_chunk_are_refused(norm: nn.Module
     if norm.training and not isinstance(norm, nn.InstanceNorm1d):  # which normalizes sequences
         norm.eval()
         bigdssm.cached_step(model, batch, chunk_tokens=3)
+
+
+class Counter(nn.Module):
+    """An encoder whose forward changes a buffer, in training mode or in both."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always, self.out = always, nn.Linear(4, 4)
+        self.register_buffer("total", torch.tensor([torch.nan, 1.0]))
+        self.register_buffer("cache", None)  # filled once, and constant from then on
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.cache = torch.ones(4) if self.cache is None else self.cache
+        if self.training or self.always:
+            self.total = self.total + input.mean()
+        return self.out(input) * self.cache
+
+
+@pytest.mark.parametrize("side", ["query", "doc"])
+@pytest.mark.parametrize("always", [False, True])
+def test_a_buffer_that_a_forward_changes_is_refused(side: str, always: bool) -> None:
+    """It is refused at every call and keeps its values; in a mode that does not change it, the model trains."""
+    encoders = {"query": nn.Linear(4, 4), "doc": nn.Linear(4, 4)}
+    counter = encoders[side] = Counter(always)
+    model = bigdssm.TwoTowers(encoders["query"], encoders["doc"])
+    batch = bigdssm.pair_batch({"input": torch.randn(8, 4)}, {"input": torch.randn(8, 4)})
+    for mode in (False, True, True):
+        counter.train(mode)
+        if mode or always:
+            with pytest.raises(ConfigError, match=rf"^{side}_encoder\.total: got a buffer that a forward of Counter"):
+                bigdssm.cached_step(model, batch, chunk_tokens=3)
+            assert counter.total.isnan().tolist() == [True, False] and float(counter.total[1]) == 1
+        else:
+            bigdssm.cached_step(model, batch, chunk_tokens=3)
+    bigdssm.cached_step(model, batch, chunk_tokens=0)
+    assert float(counter.total[1]) != 1
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_by_the_counts_of_ids_are_refused_in_chunks(kind: Any) -> None:
+    """A trained table is refused in both modes; a frozen one, or a whole batch, is not."""
+    words = kind(WORDS, 4, scale_grad_by_freq=True)
+    model = bigdssm.TwoTowers(words, nn.Linear(4, 4))
+    ids = torch.randint(0, WORDS, (8,) if kind is nn.Embedding else (8, 3))
+    batch = bigdssm.pair_batch({"input": ids}, {"input": torch.randn(8, 4)})
+    for mode in (True, False):
+        with pytest.raises(ConfigError, match=rf"query_encoder: got {kind.__name__} with scale_grad_by_freq=True"):
+            bigdssm.cached_step(model.train(mode), batch, chunk_tokens=3)
+    bigdssm.cached_step(model, batch, chunk_tokens=0)
+    assert words.weight.grad is not None
+    words.requires_grad_(False)
+    bigdssm.cached_step(model, batch, chunk_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("zero0 float64", r"query_encoder\.words\.weight: got float64 at ZeRO 0"),
+        ("zero3 sparse", r"query_encoder\.words: got Embedding with sparse=True and torch.float32 at ZeRO 3"),
+        ("zero1 sparse float64", r"query_encoder\.words: got Embedding with sparse=True and torch.float64 at ZeRO 1"),
+        ("zero1 sparse", None),
+        ("zero3 float64", None),
+    ],
+)
+def test_gradients_deepspeed_cannot_reduce_are_refused(pools: dict[int, Pool], kind: str, words: str | None) -> None:
+    """Elsewhere sparse and float64 weights train as one plain backward does."""
+    found = pools[2].run(step_of_one_table, kind)
+    if words is not None:
+        assert all(re.match(words, message) for message in found), found
+        return
+    plain = step_of_one_table(0, 1, "module float64" if "float64" in kind else "module")
+    for weights in found:
+        for name, expected in plain.items():
+            torch.testing.assert_close(weights[name], expected, rtol=1e-5, atol=1e-6)
+
+
+class Words(nn.Module):
+    """The mean vector of words."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 4, sparse=sparse)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.words(input).mean(1)
+
+
+def step_of_one_table(rank: int, world_size: int, kind: str) -> Any:
+    """Return the weights after a step in chunks, or the message of ConfigError."""
+    torch.manual_seed(0)
+    model = bigdssm.TwoTowers(Words("sparse" in kind), Words("sparse" in kind))
+    engine, step = engine_of(kind, model.double() if "float64" in kind else model)
+    ids = torch.randint(0, WORDS, (2, ROWS, 3))
+    its = slice(ROWS * rank // world_size, ROWS * (rank + 1) // world_size)
+    batch = bigdssm.pair_batch({"input": ids[0, its]}, {"input": ids[1, its]})
+    try:
+        bigdssm.cached_step(engine, batch, chunk_tokens=3)
+    except ConfigError as error:
+        return str(error)
+    step()
+    return weights_of(engine, kind)
 
 
 class SeveralTokenLists(nn.Module):

@@ -252,6 +252,7 @@ def test_a_run_begins_at_the_softmax_over_all_documents(
 REFRESHED = (
     *CATALOGUE, "pretrain.rows_global=24", "pretrain.negatives.refresh_every_steps=2", "pretrain.steps=5",
     "pretrain.optimizer.gradient_clipping=2.0", "model.query.history.items=both",
+    "pretrain.refresh_contents_every_steps=3",
 )  # fmt: skip
 
 
@@ -276,6 +277,7 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
         texts = model.text["doc"](doc["title"])
         if step % stage.negatives.refresh_every_steps == 0:
             constants = texts.detach()
+        if step % stage.refresh_contents_every_steps == 0:
             with torch.no_grad():
                 ids = torch.full((num_docs,), OUT_OF_VOCABULARY)
                 contents = model(doc={**doc, "item_id": ids}).W
@@ -391,8 +393,8 @@ def test_a_resume_has_the_text_vectors_and_contents_of_the_checkpoint(
 ) -> None:
     """A resumed run ends with the same bits; on other ranks it begins with the same tables."""
     options = (
-        *REFRESHED, "pretrain.negatives.refresh_every_steps=4", "pretrain.save_every_steps=3", "pretrain.steps=6",
-        "engine.chunk_tokens=100",
+        *REFRESHED, "pretrain.negatives.refresh_every_steps=4", "pretrain.refresh_contents_every_steps=5",
+        "pretrain.save_every_steps=3", "pretrain.steps=6", "engine.chunk_tokens=100",
     )  # fmt: skip
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
     pools[2].run(small_run.run, config, whole, options)

@@ -59,6 +59,20 @@ def test_equals_dense_reference(
 
 
 @pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, DOUBLE])
+def test_a_query_without_negatives_whose_positive_scores_low(
+    pools: dict[int, Pool], direction: str, dtype: torch.dtype
+) -> None:
+    """All other documents appear after its time: its loss and gradients are 0 for any score of its positive."""
+    U = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=dtype)
+    W = torch.tensor([[-9.0, 0.0], [0.0, 1.0], [1.0, 0.0]], dtype=dtype)
+    time, since = torch.tensor([0.5, 2.0, 2.0], dtype=DOUBLE), torch.tensor([0.0, 1.0, 1.0], dtype=DOUBLE)
+    shard = Shard(U, W, torch.arange(3), query_ids=torch.arange(3), doc_ids=torch.arange(3), time=time, since=since)
+    tolerance = {DOUBLE: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3}[dtype]
+    check_fps(pools, fps_loss, [shard], 100.0, tolerance=tolerance, direction=direction)
+
+
+@pytest.mark.parametrize("direction", ["q2d", "d2q", "both"])
 @pytest.mark.parametrize("empty", [0, 1, 2])
 def test_one_rank_empty(pools: dict[int, Pool], direction: str, empty: int) -> None:
     sizes = [(4, 6), (3, 3), (5, 9)]

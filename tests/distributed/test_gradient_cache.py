@@ -37,7 +37,7 @@ SCHEMA = Schema(
     {"words": TEXT, "item": Categorical(vocabulary=Vocabulary.of("abcdefghijklmnopqrstuvwx")).with_name("item")},
 )
 TOWER = TowerConfig(mlp=(16,), embedding_dim=8, text=Transformer(layers=1, hidden=16))
-MODEL = ModelConfig(dim=16, alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
+MODEL = ModelConfig(dim=16, beta="document", alpha_init=5.0, share_text=True, query=TOWER, doc=TOWER)
 LR, CLIPPING, STEPS = 1.0, 0.1, 3
 SHARES = {1: (24,), 2: (24, 0), 3: (13, 0, 11)}  # queries per rank: with several, one rank has none
 

@@ -26,7 +26,7 @@ def dataset_of(folder: Path, config: str, **options: str | None) -> Dataset:
 def test_amazon_beauty_has_its_published_counts(tmp_path: Path) -> None:
     made = make_tables("s3rec", real_data.shared("amazon_beauty"), tmp_path)
     assert (made.num_users, made.rows, made.notes) == (22_363, {"interactions": 198_502, "items": 12_101}, [])
-    dataset = dataset_of(tmp_path, "amazon_beauty_attributes", time_column="position")
+    dataset = dataset_of(tmp_path, "amazon_beauty_attributes", time_column="position", time_unit="s")
     assert dataset.catalogue.num_docs == 12_101
     assert dataset.num_rows("validation") == dataset.num_rows("test") == 22_363
     # Of each user the first event has no history, the last two are held out.

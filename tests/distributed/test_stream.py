@@ -6,9 +6,14 @@ import json
 import multiprocessing as mp
 import os
 import random
+import re
 import shutil
 import signal
+import sys
 import time
+import traceback
+from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +21,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bigdssm.cluster.launcher import children_of
+from bigdssm.config import StageName
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.rows import Rows
+from bigdssm.distributed import all_gather_object
 from bigdssm.errors import DataError, PeerError
 from bigdssm.loader import stream as stream_module
 from bigdssm.loader.order import Order
 from bigdssm.loader.stream import CHECK_EVERY_STEPS, PairStream
+from bigdssm.loader.workers import fork_server
 from tests.tiny_datasets import Writer
 
+from . import small_run
 from .spawn import Pool
 
 ROWS_GLOBAL, LANES, SAVE_EVERY_STEPS = 32, 4, 5
@@ -86,6 +97,91 @@ def test_a_rank_that_cannot_read_stops_the_others(dataset: Path) -> None:
     assert error_0.startswith("PeerError: rank 1 stopped: rank 1 cannot read")
     assert error_1.startswith("DataError: rank 1 cannot read")
     assert "the disk is gone" in error_0
+
+
+class Planted:
+    """A value of a loader process that cannot be sent, or that ends the process while it is sent."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> Any:
+        if self.kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise TypeError("cannot pickle 'planted' object")
+
+
+def read_with_loader_processes(rank: int, world_size: int, folder: str, kind: str) -> tuple[int, str]:
+    """Return the number of steps before the ranks stop, and the error; rank 1 has a fault in step 5."""
+    stream = PairStream(
+        folder, rows_global=ROWS_GLOBAL, lanes=LANES, rank=rank, world_size=world_size, num_workers=2
+    )  # fmt: skip
+    make = partial(value_of_step, kind if rank == 1 else "")
+    steps = 0
+    try:
+        with closing(stream.map_steps(make, 100)) as values:
+            for _ in values:
+                counts = all_gather_object(stream.counts())  # as a training step does
+                if stream.needs_check(counts, stream.step):
+                    stream.check()
+                steps += 1
+    except (DataError, PeerError) as error:
+        return steps, f"{type(error).__name__} {error.exit_code}: {error}"
+    return steps, ""
+
+
+def value_of_step(kind: str, rows: Rows) -> Any:
+    return Planted(kind) if kind and len(rows) and rows.step == 5 else len(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "code", "text"),
+    [
+        ("unpicklable", "DataError", 3, "TypeError: cannot pickle 'planted' object"),
+        ("killed", "PeerError", 6, r"a loader process died: pid \d+ was killed by SIGKILL"),
+    ],
+)
+def test_a_fault_of_a_loader_process_that_sends_a_step_stops_all_ranks_at_once(
+    pool: Pool, dataset: Path, kind: str, error: str, code: int, text: str
+) -> None:
+    """At the step of the fault, or before it if the process has died, and with the text of the fault."""
+    started = time.monotonic()
+    (steps_0, error_0), (steps_1, error_1) = pool.run(read_with_loader_processes, str(dataset), kind)
+    assert time.monotonic() - started < 30
+    assert steps_0 == steps_1 <= 5
+    assert re.match(f"{error} {code}: rank 1 cannot read {dataset}: {text}$", error_1)
+    assert re.match(f"PeerError 6: rank 1 stopped: rank 1 cannot read {dataset}: {text}$", error_0)
+
+
+def forks_of_stages(rank: int, world_size: int, config: Path, run_dir: Path) -> dict[str, Any]:
+    """Train both stages; return the forks of this process, and the thread counts of it and the fork server."""
+    found: dict[str, Any] = {"forks": [], "loaders": 0}
+    os.register_at_fork(before=lambda: found["forks"].append(traceback.format_stack()))
+    sys.addaudithook(lambda event, _: event in ("os.fork", "os.forkpty") and found["forks"].append(event))
+    fork = fork_server.fork
+
+    def counted(*arguments: Any) -> int:
+        found["loaders"] += 1
+        return fork(*arguments)
+
+    fork_server.fork = counted  # type: ignore[method-assign]
+    stages: tuple[StageName, ...] = ("pretrain", "sft")
+    for stage in stages:
+        small_run.run(rank, world_size, config, run_dir, ("data.num_workers=2",), stage)
+    assert fork_server._process is not None and fork_server._process.pid in children_of(os.getpid())
+    for name, process in (("rank", os.getpid()), ("server", fork_server._process.pid)):
+        found[name] = len(os.listdir(f"/proc/{process}/task"))
+    return found
+
+
+def test_no_stage_forks_a_process_that_has_threads(tmp_path: Path) -> None:
+    """A rank has threads, and CUDA: its loader processes are forked by a child without threads."""
+    config = small_run.write_dataset(tmp_path)
+    with Pool(2) as own:  # the hooks stay in the processes
+        for found in own.run(forks_of_stages, config, tmp_path / "run"):
+            assert found["forks"] == []
+            assert found["loaders"] >= 4
+            assert found["rank"] > 1 and found["server"] == 1
 
 
 def consume(folder: str, run: str, rank: int, world_size: int, start: dict[str, Any] | None, step_done: Any) -> None:

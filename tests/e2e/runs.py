@@ -16,6 +16,7 @@ from bigdssm.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+MARK = "BIGDSSM_TEST_RUN"  # variable with the run folder, inherited by all processes of a run
 
 
 def environment(fault: str = "", **variables: str) -> dict[str, str]:
@@ -36,7 +37,7 @@ def launcher(name: str, port: str | None = None) -> list[str]:
 
 
 class Run:
-    """A running `launch/pretrain.py`; its run folder `folder` also identifies its processes."""
+    """A running `launch/pretrain.py`; its run folder `folder` is in the environment of its processes."""
 
     def __init__(
         self, folder: Path, config: Path, *arguments: str, command: list[str] | None = None,
@@ -44,11 +45,12 @@ class Run:
     ) -> None:  # fmt: skip
         self.folder, self._log = folder, folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
         self.started = time.monotonic()
+        marked = {**(variables or environment()), MARK: str(folder)}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 [*(command or launcher("deepspeed")), "launch/pretrain.py", "--config", str(config),
                  f"run.dir={folder}", *arguments],
-                cwd=ROOT, env=variables or environment(), stdout=log, stderr=log, start_new_session=True,
+                cwd=ROOT, env=marked, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -86,11 +88,12 @@ class Run:
         return time.monotonic() - started
 
     def pids(self) -> list[int]:
-        """Return the processes of the run: those with its folder in their command line."""
+        """Return the processes of the run, fork servers and loader processes included: those with its environment."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and f"run.dir={self.folder}".encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+                if f"{MARK}={self.folder}".encode() in variables:
                     found.append(int(entry.name))
             except OSError:
                 continue

@@ -39,7 +39,7 @@ pytest.importorskip("uvicorn")
 def served(tiny_interactions: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server with users and histories: its address, and the folder of model and index."""
     folder = tmp_path_factory.mktemp("served")
-    with serving(tiny_interactions, folder) as address:
+    with serving(tiny_interactions, folder, "--list-users") as address:
         yield address, folder
 
 

@@ -352,6 +352,17 @@ def test_other_numbers_of_ranks_resume_with_the_same_rows(config: Path, tmp_path
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
+def test_a_killed_loader_process_ends_the_run_at_once_with_its_own_text(config: Path, tmp_path: Path) -> None:
+    arguments = ("pretrain.steps=1000000", "data.num_workers=1")
+    run = pretrain(config, tmp_path / "run", *arguments, ranks=2, env={"BIGDSSM_FAULT": "kill-loader@3:1"})
+    run.wait_for("BIGDSSM_FAULT: kill-loader at step 3 on rank 1")
+    assert run.wait(30).codes == [6, 6], run.log
+    died = r"rank 1 cannot read \S+: a loader process died: pid \d+ was killed by SIGKILL"
+    assert re.search(died, run.errors[0]), run.log
+    end = json.loads((tmp_path / "run" / "pretrain" / "events.jsonl").read_text().splitlines()[-1])
+    assert end["exit_code"] == 6 and re.search(died, end["reason"])
+
+
 def test_a_signal_before_the_first_step_ends_a_blocked_run(config: Path, tmp_path: Path) -> None:
     """The run waits for a second rank that never starts; no exception could interrupt the main thread."""
     alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("launch/quickstart.sh", "tests/run.sh")
+PYTHONS = "tools/checks/pythons.sh"
 TOOLS = ("bash", "sh", "dirname", "cat", "df", "awk", "sed", "grep", "mkdir", "rm", "tail")
 
 pytestmark = pytest.mark.e2e
@@ -61,7 +62,7 @@ def the_error(result: subprocess.CompletedProcess[str]) -> str:
     return last
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "launch/setup_env.sh", ".ci/run"])
+@pytest.mark.parametrize("script", [*SCRIPTS, PYTHONS, "launch/setup_env.sh", ".ci/run"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
 
@@ -70,7 +71,7 @@ def test_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    subprocess.run([shellcheck, "-x", *SCRIPTS, "launch/setup_env.sh", ".ci/run"], check=True, cwd=ROOT)
+    subprocess.run([shellcheck, "-x", *SCRIPTS, PYTHONS, "launch/setup_env.sh", ".ci/run"], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -174,3 +175,19 @@ def test_an_up_to_date_environment_is_left_alone(checkout: Path) -> None:
     with (checkout / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
     assert "BIGDSSM_PYTHON=/nowhere/python does not run" in the_error(call("setup_env base"))  # starts installing
+
+
+def test_each_python_is_tried_in_a_copy_of_the_tree(tmp_path: Path) -> None:
+    """One that is not found, or whose packages are not installed in time, is reported and fails nothing."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    command = ["bash", str(ROOT / PYTHONS), "--quickstart", "--install-within", "1", "--into", str(tmp_path)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([*command, version, "3.99"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *_, missing, late = done.stdout.splitlines()
+    assert missing.split() == ["3.99", "interpreter", "not", "found", "0", "s"]
+    assert late.startswith(f"{version} ") and "environment  not within 1 s" in late
+    assert (tmp_path / version / "bigdssm/loader/stream.py").read_bytes() == (
+        ROOT / "bigdssm/loader/stream.py"
+    ).read_bytes()
+    assert not (tmp_path / version / ".venv/.bigdssm-base").exists()

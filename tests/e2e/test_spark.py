@@ -25,6 +25,7 @@ import yaml
 
 from bigdssm.commands.make_shards import main
 from bigdssm.config import load_config
+from bigdssm.dataset.stamps import STAMPS_FILE
 from bigdssm.distributed import free_port
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.ingest.engines import LocalEngine
@@ -51,6 +52,7 @@ FAST = {  # code generation pays off for millions of rows only
 }
 DATA: dict[str, dict[str, Any]] = {
     "interactions": {
+        "time_unit": "s",
         "query": {
             "history": {"type": "history", "of": "item_id", "max_items": 10},
             "age": {"type": "numeric"},
@@ -63,6 +65,7 @@ DATA: dict[str, dict[str, Any]] = {
         },
     },
     "pairs": {
+        "time_unit": "s",
         "query": {"query": {"type": "text", "max_tokens": 8}},
         "doc": {
             "text": {"type": "text", "max_tokens": 16},
@@ -183,7 +186,8 @@ def make(tables: Path, kind: str, out: Path, *, appended: bool = True, **engine:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != STAMPS_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

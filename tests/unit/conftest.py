@@ -21,7 +21,8 @@ from bigdssm.retrieval.vectors import write_vectors
 from tests.command_line import Tools
 from tests.tiny_datasets import Writer
 
-SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8")
+SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.text.hidden=8", "beta=document")
+WIDTH = 9  # of index vectors: dim and beta
 
 
 def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConfig | None = None) -> DualEncoder:

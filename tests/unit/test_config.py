@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from bigdssm.config import config_of, first_difference, load_config
-from bigdssm.config.loading import read_config
+from bigdssm.config import Config, config_of, first_difference, load_config
+from bigdssm.config.loading import load_written_config, overridden, read_config
 from bigdssm.errors import ConfigError
+from bigdssm.losses import Triplet
 from bigdssm.models.declarations import Hstu
 from bigdssm.training.optimizers import AdamW, Muon
 
@@ -142,6 +144,9 @@ def test_an_override_has_neither_comments_nor_missing_values(path: Path, overrid
         (["data.query={age: {type: numeric}}"], ["words", "age"]),
         (["data.query={}"], []),
         (["data.query={age: {type: numeric}}", "data.query={}", "data.query.sex.type=categorical"], ["sex"]),
+        (["data={query: {}}"], []),
+        (["data={lanes: 2, query: {age: {type: numeric}}}"], ["words", "age"]),
+        (["data={query: {}}", "data={query: {age: {type: numeric}}}"], ["age"]),
     ],
 )
 def test_an_override_merges_with_a_mapping_and_an_empty_one_replaces_it(
@@ -151,6 +156,47 @@ def test_an_override_merges_with_a_mapping_and_an_empty_one_replaces_it(
     content["data"]["query"] = {"words": {"type": "text"}}
     path.write_text(yaml.safe_dump(content))
     assert list(read_config(path, overrides).data.query) == names
+
+
+def test_overrides_apply_one_after_the_other(path: Path) -> None:
+    """A later component keeps the keys that it has, a list can be changed by element, and no override the content."""
+    triplet = ["pretrain.loss.name=triplet", "pretrain.loss.margin=0.3"]
+    assert read_config(path, triplet).pretrain.loss.margin == 0.3
+    assert read_config(path, triplet[::-1]).pretrain.loss.margin == 0.3
+    assert read_config(path, [*triplet, "pretrain.loss.name=fps"]).pretrain.loss.name == "fps"
+    assert read_config(path, [*triplet, "pretrain={loss: {name: fps}}"]).pretrain.loss.name == "fps"
+    emptied = read_config(path, [*triplet, "pretrain={loss: {}}", "pretrain.loss.name=triplet"]).pretrain.loss
+    assert emptied.margin == Triplet().margin != 0.3
+    sources = ["data.mixture=[{dir: a, weight: 1}, {dir: b, weight: 2}]", "data.mixture[1].weight=3"]
+    mixture = read_config(path, sources).data.mixture
+    assert [(source.dir, source.weight) for source in mixture] == [("a", 1), ("b", 3)]
+    content = OmegaConf.create({"data": {"event": {"price": {"type": "numeric"}}, "mixture": [{"dir": "a"}]}})
+    before = OmegaConf.to_container(content)
+    changed = overridden(content, ["data.mixture[0].dir=b", "data={event: {}}"], Config)
+    assert OmegaConf.to_container(changed) == {"data": {"event": {}, "mixture": [{"dir": "b"}]}}
+    assert OmegaConf.to_container(content) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "beta"),
+    [
+        ([], "none"),
+        (["model.score=cosine"], "none"),
+        (["model.score=dot"], "document"),
+        (["model.beta=auto", "model.score=dot"], "document"),
+        (["model.beta=document"], "document"),
+        (["model.score=dot", "model.beta=none"], "none"),
+    ],
+)
+def test_the_bias_follows_the_score(path: Path, given: list[str], beta: str) -> None:
+    """A written config, also one of an earlier version, has the value itself, and keeps it."""
+    config = load_config(path, given)
+    content = config.to_dict()
+    assert config.model.beta == content["model"]["beta"] == beta
+    for kept in ("document", "none"):
+        content["model"]["beta"] = kept
+        path.write_text(yaml.safe_dump(content))
+        assert load_written_config(path).model.beta == kept
 
 
 def test_keys_without_effect_are_refused(path: Path) -> None:
@@ -392,7 +438,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             "sft={loss: {name: pair_ce, widths: [4]}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp}}",
             ["sft.scorer", "widths=[]"],
         ),
-        ("sft.loss.name=sigmoid", ["model.beta", "got document", "needs scalar", "sft.loss.name"]),
+        ("sft.loss.name=sigmoid", ["model.beta", "got none", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "only in sigmoid losses"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),
         ("pretrain.keep_checkpoints=0", ["pretrain.keep_checkpoints", "at least 1"]),
@@ -433,6 +479,14 @@ def test_the_catalogue_as_columns_needs_documents_that_are_the_same_on_all_ranks
     load_config(path, [*texts, *overrides])
 
 
+def test_a_feature_of_requests_is_named_once(path: Path) -> None:
+    event = "data.event={action: {type: categorical}, device: {type: categorical}}"
+    twice = "data.request=[action, device, action]"
+    with pytest.raises(ConfigError, match=r"data.request: got action more than once, needs each feature once"):
+        load_config(path, [event, twice])
+    assert load_config(path, [event, "data.request=[action, device]"]).data.request == ("action", "device")
+
+
 def test_contents_of_items_need_more_than_an_id(path: Path) -> None:
     both = ["model.query.history.items=both"]
     assert load_config(path, both).model.query.history.items == "both"
@@ -441,6 +495,14 @@ def test_contents_of_items_need_more_than_an_id(path: Path) -> None:
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError, match=r"model.query.history.items: got both, needs id without a history, and"):
         load_config(path, both)
+
+
+def test_a_period_of_contents_needs_histories_that_read_them(path: Path) -> None:
+    period = "pretrain.refresh_contents_every_steps=7"
+    assert load_config(path, [period, "model.query.history.items=both"]).pretrain.refresh_contents_every_steps == 7
+    words = r"pretrain.refresh_contents_every_steps: got 7, needs 0 with model.query.history.items=id"
+    with pytest.raises(ConfigError, match=words):
+        load_config(path, [period])
 
 
 def test_existing_hard_negatives_require_the_whole_dataset(path: Path) -> None:

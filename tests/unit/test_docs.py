@@ -195,3 +195,11 @@ def test_the_site_builds_and_fetches_nothing(tmp_path: Path) -> None:
     with (tmp_path / "docs/gpu.md").open("a") as page:
         page.write("[planted](loss.md#nowhere)\n")
     assert subprocess.run(build, cwd=tmp_path, capture_output=True).returncode != 0
+
+
+def test_the_pythons_of_the_package_are_those_that_were_tried() -> None:
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    tried = re.findall(r"^\| (3\.\d+) \|", (ROOT / "docs/start.md").read_text("utf-8"), re.MULTILINE)
+    assert declared == tried and len(declared) >= 4
+    assert f'requires-python = ">={declared[0]}"' in project

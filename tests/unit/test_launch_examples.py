@@ -18,6 +18,7 @@ SBATCH = ROOT / "launch" / "slurm.sbatch"
 # Runs the command once for each task, like srun, and exits with the highest code; each task's code is in CODES.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
+echo "srun with ${SRUN_CPUS_PER_TASK:-no} cpus per task" >&2
 highest=0 task=0
 for code in $CODES; do
     STUB_CODE=$code SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) SLURM_NTASKS=4 SLURM_JOB_NUM_NODES=2 "$@"
@@ -46,14 +47,14 @@ def stand_ins(tmp_path: Path) -> Path:
 
 
 def sbatch(
-    stand_ins: Path, codes: str, *arguments: str, restarts: int = 0
+    stand_ins: Path, codes: str, *arguments: str, restarts: int = 0, **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], str]:
     """Return the finished job script and the calls of scontrol."""
     calls = stand_ins / "calls"
     environment = {
         "PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}", "CODES": codes, "CALLS": str(calls),
         "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": str(restarts),
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(ROOT), **variables,
     }  # fmt: skip
     command = ["bash", str(SBATCH), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
@@ -91,6 +92,13 @@ def test_every_task_is_a_rank(stand_ins: Path) -> None:
     assert told == [f"{rank}/4 local {rank % 2}/2 at node7:24711: {command}" for rank in range(4)]
     done, asked = sbatch(stand_ins, "0")
     assert done.returncode == 2 and "usage:" in done.stderr and not asked
+
+
+def test_a_task_has_the_cpus_of_the_job(stand_ins: Path) -> None:
+    done, _ = sbatch(stand_ins, "0", "my.yaml")
+    assert done.stderr == "srun with no cpus per task\n"
+    done, _ = sbatch(stand_ins, "0", "my.yaml", SLURM_CPUS_PER_TASK="4")
+    assert done.stderr == "srun with 4 cpus per task\n"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")

@@ -85,12 +85,12 @@ def prepare(out: Path, num_users: int, num_docs: int) -> None:
     events = pa.table(
         {
             "user_id": users["user_id"].combine_chunks().take(pa.array(user)),
-            "item_id": pa.array(keys).take(pa.array(item)), "timestamp": np.arange(len(user)) * 1.0,
+            "item_id": pa.array(keys).take(pa.array(item)), "timestamp": 1.7e9 + np.arange(len(user)),
         }
     )  # fmt: skip
     data = {**CONFIG, "dir": str(out / "dataset")}
     path = out / "config.yaml"
-    path.write_text(yaml.safe_dump({"run": {"dir": str(out)}, "data": data, "model": {"dim": 64}}))
+    path.write_text(yaml.safe_dump({"run": {"dir": str(out)}, "data": data, "model": {"dim": 64, "beta": "document"}}))
     for name, table in (("events", events), ("items", items), ("users", users)):
         parquet.write_table(table, out / f"{name}.parquet")
     make_dataset(

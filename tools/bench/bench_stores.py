@@ -99,7 +99,7 @@ def prepare(out: Path, num_docs: int) -> None:
     keys = [f"d{row}" for row in range(num_docs)]
     items = pa.table({"item_id": keys, "part": random.integers(0, 1000, num_docs).astype(float)})
     users = [f"u{number % 100}" for number in range(1000)]
-    events = pa.table({"user_id": users, "item_id": keys[:1000], "timestamp": np.arange(1000.0)})
+    events = pa.table({"user_id": users, "item_id": keys[:1000], "timestamp": 1.7e9 + np.arange(1000)})
     data = {
         "dir": str(out / "dataset"), "query": {"past": {"type": "history", "of": "item_id", "max_items": 2}},
         "doc": {"item_id": {"type": "categorical"}}, "filter": {"part": {"type": "numeric"}},

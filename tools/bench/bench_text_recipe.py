@@ -7,8 +7,8 @@
     python -m tools.bench.bench_text_recipe compare --source ../shared/data --pairs 500 --recipe lr-1e-4-hard \\
         --out compare.json
 
-The sets are seeded subsamples of MedQuAD, tldr, WordNet and docstrings. Train has no group (a disease, a command, a
-definition, a package) and no document of validation or test.
+The sets are seeded subsamples of MedQuAD, tldr, WordNet, docstrings and Debian's packages. Train has no group (a
+disease, a command, a definition, a package) and no document of validation or test.
 
 search: trains the recipes on every set. The choice for a set is the recipe with the highest mean validation NDCG@10
 over the other sets and all sizes; `all` is the choice over all sets.
@@ -51,7 +51,6 @@ HELD_OUT = 0.15  # share of the groups in validation, and in test
 HELD_OUT_PAIRS = {"validation": 1000, "test": 1500}
 METRIC = "ndcg_at_10"
 SHIPPED = "shipped"
-ROWS_GLOBAL = 128
 SPEED = ("engine.chunk_tokens=768", "engine.keep_graph_tokens=32768", "data.num_workers=0")  # same loss, less time
 Row = dict[str, Any]
 
@@ -78,10 +77,11 @@ class Recipe:
     direction: str = "both"
     weight_average: float = 0.0
     hard: int = 0  # hard negatives per row, mined by the pretrained encoder, below the positive's score plus 1
+    rows: int = 128  # of a step
 
     def overrides(self, pairs: int) -> list[str]:
         """Return the config overrides for a number of train pairs."""
-        rows = min(ROWS_GLOBAL, pairs // 8 * 8)  # a multiple of data.lanes
+        rows = min(self.rows, pairs // 8 * 8)  # a multiple of data.lanes
         steps = max(1, ceil(self.epochs * pairs / rows))
         return [
             f"model.alpha_init={self.alpha}", f"pretrain.rows_global={rows}", f"pretrain.steps={steps}",
@@ -264,6 +264,13 @@ def wordnet_rows(source: Path) -> Iterator[Row]:
         yield from ({"lemmas": lemma, "gloss": row["gloss"]} for lemma in row["lemmas"])
 
 
+def debian_rows(source: Path) -> Iterator[Row]:
+    """Yield the columns that the config declares of each Debian package."""
+    columns = ("package", "source", "synopsis", "description", "section", "installed_kb", "tags")
+    for row in read(source / "debian_packages/packages.jsonl.xz"):
+        yield {name: row[name] for name in columns}
+
+
 SETS = {
     "medquad": TextSet(lambda source: read(source / "medquad/pairs.jsonl.xz"), "focus", "doc", "query", "answer"),
     "tldr": TextSet(lambda source: read(source / "tldr/pairs.jsonl.xz"), "command", "doc", "query", "shell"),
@@ -275,6 +282,14 @@ SETS = {
         "docstring",
         "source",
         {"doc_id_column": "name"},
+    ),
+    "debian_packages": TextSet(
+        debian_rows,
+        "source",
+        "package",
+        "synopsis",
+        "description",
+        {"doc_id_column": "package"},
     ),
 }
 RECIPES = {
@@ -288,6 +303,9 @@ RECIPES = {
     "lr-2e-4": Recipe(lr=2e-4),
     "lr-2e-4-epochs-8": Recipe(lr=2e-4, epochs=8.0),
     "lr-2e-4-hard": Recipe(lr=2e-4, hard=1),
+    "lr-1e-4-epochs-2": Recipe(epochs=2.0),
+    "rows-512": Recipe(lr=2e-4, rows=512),
+    "rows-512-epochs-2": Recipe(lr=2e-4, epochs=2.0, rows=512),
 }
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ CONFIG = {
         "exclude_seen": False,
     },
     "model": {
-        "dim": 64, "tables": {"sharding": "rows"},
+        "dim": 64, "beta": "document", "tables": {"sharding": "rows"},
         "query": {"mlp": [], "embedding_dim": 64}, "doc": {"mlp": [], "embedding_dim": 64},
     },
     "pretrain": {

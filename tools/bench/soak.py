@@ -51,6 +51,7 @@ LAST_STEPS = 20  # of the last start, which has no fault
 PEER_TIMEOUT_S, DEADLINE_S = 6.0, 60.0  # the second: from a fault to the end of the last process
 DAMAGE = ("flip-byte", "cut-file", "lose-file", "lose-latest")
 IN_SAVE = ("kill-save", "disk-full")
+MARK = "BIGDSSM_SOAK_RUN"  # variable with the run folder, inherited by all processes of a run
 ANYWHERE = ("kill", "stop", "hang", "raise", "term", "int", "kill-launcher", "term-launcher", "kill-loader")
 DEEPSPEED_ONLY = ("kill-runner", "term-runner")  # torchrun's parent is this program
 CONFIG: dict[str, dict[str, Any]] = {
@@ -187,9 +188,10 @@ class Run:
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
         self._folder, self._log = folder, folder.with_name(f"{folder.name}-{time.monotonic_ns()}.log")
+        marked = {**environment, MARK: str(folder)}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=ROOT, env=marked, stdout=log, stderr=log, start_new_session=True
             )
 
     def finish(self, code: int) -> None:
@@ -221,11 +223,12 @@ class Run:
         return int(match[1]) if match else -1
 
     def _pids(self) -> list[int]:
-        """Return the processes with the run folder in their command line."""
+        """Return the processes of the run, fork servers and loader processes included: those with its environment."""
         pids = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and f"run.dir={self._folder}".encode() in (entry / "cmdline").read_bytes():
+                variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+                if f"{MARK}={self._folder}".encode() in variables:
                     pids.append(int(entry.name))
             except OSError:  # ended meanwhile
                 continue

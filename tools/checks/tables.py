@@ -18,6 +18,7 @@ VOCABULARY = (
 )
 WORDS = VOCABULARY.split()
 USERS, ITEMS, PAIRS, DOCUMENTS = 50, 40, 500, 120
+START = 1_600_000_000  # seconds since 1970
 
 
 def write_tables(folder: Path) -> None:
@@ -29,28 +30,36 @@ def write_tables(folder: Path) -> None:
 
 
 def _interactions(folder: Path, numbers: random.Random) -> None:
-    items = [[f"i{i}", _text(numbers, 2), f"g{i % 4}|g{i // 10}", 1960 + i if i else "", 0] for i in range(ITEMS)]
-    items += [[f"i{i}", _text(numbers, 2), f"g{i % 3}", 1970 + i, 6000 + 10 * i] for i in range(0, ITEMS, 3)]
-    users = [[f"u{u}", 20 + u % 40 if u % 9 else "", ("artist", "doctor", "farmer")[u % 3], 0] for u in range(USERS)]
-    users += [[f"u{u}", 70 + u % 9, "writer", 5000 + u] for u in range(0, USERS, 4)]
+    items = [[f"i{i}", _text(numbers, 2), f"g{i % 4}|g{i // 10}", 1960 + i if i else "", START] for i in range(ITEMS)]
+    items += [[f"i{i}", _text(numbers, 2), f"g{i % 3}", 1970 + i, START + 6000 + 10 * i] for i in range(0, ITEMS, 3)]
+    users = [
+        [f"u{u}", 20 + u % 40 if u % 9 else "", ("artist", "doctor", "farmer")[u % 3], START] for u in range(USERS)
+    ]
+    users += [[f"u{u}", 70 + u % 9, "writer", START + 5000 + u] for u in range(0, USERS, 4)]
     events: list[list[Any]] = []
     for user in range(USERS):
         item = numbers.randrange(ITEMS)
         for time in range(8 + numbers.randrange(16)):
-            events.append([f"u{user}", f"i{item}", numbers.randrange(1, 6), 1000 * (time // 2 * 2) + user])  # ties
+            second = START + 1000 * (time // 2 * 2) + user  # ties
+            events.append([f"u{user}", f"i{item}", numbers.randrange(1, 6), second])
             item = (item + (1 if numbers.random() < 0.7 else numbers.randrange(ITEMS))) % ITEMS
     numbers.shuffle(events)
     names = {"items": ["item_id", "title", "genres", "year", "updated"], "users": ["user_id", "age", "job", "since"]}
-    _csv(folder / "items.csv", names["items"], (row for row in items if row[-1] == 0))
-    _csv(folder / "users.csv", names["users"], (row for row in users if row[-1] == 0))
+    _csv(folder / "items.csv", names["items"], (row for row in items if row[-1] == START))
+    _csv(folder / "users.csv", names["users"], (row for row in users if row[-1] == START))
     _csv(folder / "item_versions.csv", names["items"], items)
     _csv(folder / "user_versions.csv", names["users"], users)
     columns = ["user_id", "item_id", "rating", "timestamp"]
-    bad = [["u1", "unknown", 3, 5000], ["u2", "i2", "many", 5001], ["", "i3", 2, 5002], ["u4", "i4", 4, "when"]]
+    bad = [
+        ["u1", "unknown", 3, START + 5000],
+        ["u2", "i2", "many", START + 5001],
+        ["", "i3", 2, START + 5002],
+        ["u4", "i4", 4, "when"],
+    ]
     _csv(folder / "events.csv", columns, events[:200] + bad + events[200:])
     later = [[user, item, rating, time + 100_000] for user, item, rating, time in events[:150]]
     _csv(folder / "later_events.csv", columns, later)
-    changed = [[f"i{i}", _text(numbers, 3), "g9", 2000 + i, 0] for i in range(0, ITEMS + 5, 2)]
+    changed = [[f"i{i}", _text(numbers, 3), "g9", 2000 + i, START] for i in range(0, ITEMS + 5, 2)]
     _csv(folder / "later_items.csv", names["items"], changed)
     parts = folder / "events"
     parts.mkdir(exist_ok=True)

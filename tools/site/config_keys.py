@@ -63,8 +63,8 @@ exit code 2 before anything is written. `bigdssm config --config my.yaml` prints
 
 The value of an override is YAML without comments. For a key of type `str` it is the rest of the word as it is, so that
 `run.dir=/data/run #3` is a path with a space. `null` (or nothing), a value in quotes and interpolations `${…}` have
-their meaning in YAML. A mapping is merged with that of the file; the override `KEY={}` empties it, so that
-`data.event={}` removes the features of events.
+their meaning in YAML. A mapping is merged with that of the file; an empty one, at any depth, replaces it, so
+that `data.event={}` and `data={event: {}}` remove the features of events. Overrides apply one after the other.
 
 Editors complete and validate keys with a JSON Schema, which includes the components of installed plugins. Write it with
 `bigdssm config --schema > config.schema.json`, and name it in the first line of a config:

@@ -276,7 +276,9 @@ def _softmax_of_block(
 
     # G = diag(scale) E; unless E has to be converted, the vectors are scaled, which saves a pass over E
     lse_r = torch.logaddexp(log_sum_r, positive_r)
-    scale_r = weighted(weight_r, (shift_r - lse_r).exp()).to(bits.acc)
+    # without an unmasked column E is 0, and exp(0 − lse) may be infinite
+    factor_r = torch.where(largest_r == -math.inf, 0.0, (shift_r - lse_r).exp())
+    scale_r = weighted(weight_r, factor_r).to(bits.acc)
     if bits.is_narrow:
         for tile, W_cD, E_rc in tiles:
             beta_c = None if sums.beta is None else torch.mv(E_rc.T, scale_r)

@@ -87,7 +87,8 @@ def test_the_pretrained_folder_of_a_text_encoder_may_go(config: Config, dataset:
 def test_a_light_query_tower_comes_back_light(tiny_pairs: Any, tmp_path: Path) -> None:
     pretrained, dataset = small_bert(tmp_path / "bert", layers=3), Dataset.open(tiny_pairs.dir)
     overrides = [
-        "dim=12", "share_text=false", "query.text.keep_layers=2", "query.residual=query", "doc.residual=text",
+        "dim=12", "beta=document", "share_text=false", "query.text.keep_layers=2", "query.residual=query",
+        "doc.residual=text",
         *(f"{side}.text.init={pretrained}" for side in ("query", "doc")),
     ]  # fmt: skip
     config = load_config(tiny_pairs.config, [f"model.{override}" for override in overrides])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -179,7 +180,7 @@ def test_evaluate(
     )  # fmt: skip
     content = json.loads((tmp_path / "first.json").read_text())
     assert [system["name"] for system in content["systems"]] == [
-        "first", "popularity", "Markov, window 3", "second (other)",
+        "first", "popularity", "Markov, window 3", "chain", "second (other)",
     ]  # fmt: skip
     expected = evaluate_split(tower_encoders(model, dataset), dataset, "validation")
     np.testing.assert_array_equal(np.load(tmp_path / content["systems"][0]["ranks"]), expected.ranks)
@@ -187,13 +188,14 @@ def test_evaluate(
         assert content["systems"][0][name] == pytest.approx(expected.metrics[name], abs=1e-6)
         assert f"{expected.metrics[name]:.4f} ± " in out
     assert [(d["system"], d["less"]) for d in content["differences"][::3]] == [
-        ("first", "popularity"), ("first", "Markov, window 3"), ("first", "second (other)"),
+        ("first", "popularity"), ("first", "Markov, window 3"), ("first", "chain"), ("first", "second (other)"),
     ]  # fmt: skip
     assert "first − popularity: HR@10 " in out
     assert "occupation = doctor: 20 queries of 20 users" in out and "too few" in out
     coverage = [system.get("coverage") for system in content["systems"]]
     assert f"coverage of the top 10: first {coverage[0]:.3f}, popularity {coverage[1]:.3f}" in out
-    assert coverage[3] is None and [part["condition"] for part in content["slices"][-2:]] == [
+    assert re.search(r"^chain: last (item|\d+ items) \(chosen on validation\)$", out, re.MULTILINE)
+    assert coverage[4] is None and [part["condition"] for part in content["slices"][-2:]] == [
         "history < 20", "not (history < 20)",
     ]  # fmt: skip
     assert sum(part["rows"] for part in content["slices"] if part["by"] == "occupation") == dataset.num_rows(

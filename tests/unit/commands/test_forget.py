@@ -44,6 +44,7 @@ from tests.postgres import running_server
 
 CONFIG: dict[str, Any] = {
     "data": {
+        "time_unit": "s",
         "lanes": 2, "title": "title", "targets_per_row": 3, "tokenizer": {"vocab_size": 300},
         "query": {
             "past": {"type": "history", "of": "item_id", "max_items": 4}, "user_id": {"type": "categorical"},

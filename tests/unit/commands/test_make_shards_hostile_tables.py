@@ -28,8 +28,9 @@ PAIRS = {
     "query": {"q": {"type": "text"}},
     "doc": {"d": {"type": "text"}, "n": {"type": "numeric"}, "c": {"type": "categorical"}},
     "tokenizer": {"vocab_size": 200},
+    "time_unit": "s",
 }
-EVENTS = [(f"u{u}", f"i{(u + t) % 12}", 1000 * t + u) for u in range(20) for t in range(10)]
+EVENTS = [(f"u{u}", f"i{(u + t) % 12}", 1_600_000_000 + 1000 * t + u) for u in range(20) for t in range(10)]
 ITEMS = "".join(f"i{i}\n" for i in range(12))
 INTERACTIONS = {
     "query": {"history": {"type": "history", "of": "item"}},
@@ -184,15 +185,19 @@ def test_bad_values_of_rows_that_stay_are_counted_once(make: Maker) -> None:
 
 
 def test_seconds_and_milliseconds_in_one_column(make: Maker) -> None:
-    mixed = [(user, item, (1_700_000_000 + when) * (1000 if when % 2 else 1)) for user, item, when in EVENTS]
-    make.refused(make.interactions(mixed), 3, "column 'timestamp' mixes units of time: 100 such as 1700000000")
+    mixed = [(user, item, when * (1000 if when % 2 else 1)) for user, item, when in EVENTS]
+    make.refused(make.interactions(mixed), 3, "column 'timestamp' mixes units of time: 100 in s, such as 16000")
     some = changed(t=lambda i: 1.7e9 + i if i % 10 else (1.7e9 + i) * 1e6)
     make.refused(
-        make.records(some, "--split=time", "--time-column=t"), 3, "column 't' mixes units of time", "6 such as"
+        make.records(some, "--split=time", "--time-column=t", "--time-unit=auto"),
+        3,
+        "column 't' mixes units of time",
+        "6 in us, such as",
     )
-    for times in ([2**31 * when for when in range(200)], [1_700_000_000_000_000_000 + when for when in range(200)]):
+    for first, words in ((0, ["--time-unit=ns"]), (1_700_000_000_000_000_000, [])):
+        times = [first + 2**31 * when for when in range(200)]
         events = [(user, item, when) for (user, item, _), when in zip(EVENTS, times, strict=True)]
-        assert make.interactions(events, "--overwrite")[0] == 0, "a counter, and nanoseconds"
+        assert make.interactions(events, "--overwrite", *words)[0] == 0, "a counter, and nanoseconds"
 
 
 @pytest.mark.parametrize("fractions", [("-1", "0.05"), ("0.9", "0.9"), ("nan", "0.1"), ("0", "1")])
@@ -209,16 +214,21 @@ def test_fractions_that_leave_nothing(make: Maker, fractions: tuple[str, str], c
 @pytest.mark.slow
 def test_time_splits_of_odd_times(make: Maker) -> None:
     def split(*words: object, **columns: Any) -> tuple[int, str]:
-        return make.parquet("--split=time", "--time-column=t", "--overwrite", *words, **columns)
+        return make.parquet("--split=time", "--time-column=t", "--time-unit=ns", "--overwrite", *words, **columns)
 
-    for values in ([-i * 1e9 for i in range(60)], pa.array([2**64 - 1 - i * 10**9 for i in range(60)], pa.uint64())):
+    for values in ([-i * 1e9 for i in range(60)], pa.array([2**61 - 1 - i * 10**9 for i in range(60)], pa.uint64())):
         code, said = split(t=values)
         assert code == 0 and "53 train, 4 validation, 3 test rows" in said
     for values in ([time(1, i) for i in range(60)], [timedelta(days=i) for i in range(60)]):
         code, said = split(t=values)
         assert code == 3 and "column 't' holds" in said
     code, said = make.records(
-        changed(t=lambda i: 10 ** (i % 40)), "--split=time", "--time-column=t", "--overwrite", bad=1
+        changed(t=lambda i: 10**39 if i == 0 else i),
+        "--split=time",
+        "--time-column=t",
+        "--time-unit=ns",
+        "--overwrite",
+        bad=1,
     )
     assert code == 0 and "1 bad rows" in said  # 1e39 is beyond 32 bits
     make.out.rename(make.folder / "made")

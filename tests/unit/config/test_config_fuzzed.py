@@ -162,7 +162,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "pairs.csv").write_text("\n".join(["user_id,about,age,type,item_id,title,genres,size", *pairs]))
     for name, (query, doc) in DATASETS.items():
         (root / name).mkdir()
-        data = {"query": query, "doc": doc, "tokenizer": {"vocab_size": 120}, "max_bad_fraction": 0.5}
+        data = {"time_unit": "s", "query": query, "doc": doc, "tokenizer": {"vocab_size": 120}, "max_bad_fraction": 0.5}
         config = configs[name] = write_config(root / name, data)
         target = IngestTarget(root / name / "dataset")
         if "history" in query:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bigdssm.commands import config as command
 from bigdssm.config import Config, load_config
-from bigdssm.config.loading import changes_of, to_dataclass
+from bigdssm.config.loading import overridden, to_dataclass
 from bigdssm.config.schema import comments
 from bigdssm.errors import ConfigError
 from bigdssm.features.base import FEATURES
@@ -234,7 +234,7 @@ def changed(override: str) -> Any:
     """Return the example with an override, without resolving interpolations."""
     example = OmegaConf.load(EXAMPLE)
     assert isinstance(example, DictConfig)
-    return OmegaConf.to_container(OmegaConf.merge(example, changes_of([override], Config, example)))
+    return OmegaConf.to_container(overridden(example, [override], Config))
 
 
 def test_the_command_refuses_overrides_of_the_schema(capsys: pytest.CaptureFixture[str]) -> None:

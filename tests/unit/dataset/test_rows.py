@@ -203,7 +203,7 @@ def test_rows_of_more_targets_than_a_history_has_items_are_left_out(tmp_path: Pa
 def test_a_piece_longer_than_a_history_is_refused(tmp_path: Path) -> None:
     """Its first queries would have a negative prefix length."""
     query, doc = {"history": History(of="item_id", max_items=4)}, {"item_id": Categorical()}
-    config = DataConfig(dir="x", query=query, doc=doc, targets_per_row=5)
+    config = DataConfig(dir="x", time_unit="s", query=query, doc=doc, targets_per_row=5)
     with pytest.raises(ConfigError, match=r"targets_per_row: got 5"):
         make_interactions(
             config, InteractionTables(tmp_path / "e.csv", tmp_path / "i.csv"), IngestTarget(tmp_path / "data")
@@ -217,6 +217,7 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
     (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in lines))
     (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"i{n}\n" for n in range(9)))
     config = DataConfig(
+        time_unit="s",
         dir="x", query={"history": History(of="item_id", max_items=100)}, doc={"item_id": Categorical()},
         targets_per_row=targets_per_row,
     )  # fmt: skip

@@ -29,6 +29,7 @@ from tests.unit.conftest import random_model
 
 FILTER = {"stock": Numeric(), "region": Categorical(multi=True)}
 DATA = DataConfig(
+    time_unit="s",
     dir="", query={"past": History(of="item", max_items=9)},
     doc={"item": Categorical(column="item_id"), "kind": Categorical()}, filter=FILTER, lanes=1,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
+from bigdssm.evaluation.evaluate import evaluate_scores
+from bigdssm.ingest.api import make_dataset
+from tests.conftest import write_config
 
 
 def test_vectors_of_a_chain_are_the_best_low_rank_approximation(tiny_interactions: Any) -> None:
@@ -31,3 +35,21 @@ def test_vectors_of_a_chain_are_the_best_low_rank_approximation(tiny_interaction
         np.testing.assert_allclose(found(rows), expected, rtol=1e-6, atol=1e-6 * expected.max())
     with pytest.raises(ConfigError, match="dim: got 0, needs at least 1"):
         fit_baseline("markov_vectors", dataset, {"dim": 0})
+
+
+def test_rows_without_a_successor_are_evaluated(tmp_path: Path) -> None:
+    """The last item of each test history is followed by no train event."""
+    config = write_config(
+        tmp_path,
+        {"query": {"past": {"type": "history", "of": "item_id"}}, "doc": {"item_id": {"type": "categorical"}}},
+    )
+    events = [(f"u{user}", item) for user in range(6) for item in ("a", "b", "c", f"last{user}", "d")]
+    users, items = zip(*events, strict=True)
+    times = range(1_700_000_000, 1_700_000_000 + len(events))
+    interactions = {"user_id": users, "item_id": items, "timestamp": times}
+    make_dataset(config, interactions=interactions, items={"item_id": sorted(set(items))})
+    dataset = Dataset.open(tmp_path / "dataset")
+    scores = fit_baseline("markov", dataset, {"window": 1})
+    assert not scores(next(dataset.iterate("test", 10))).any()
+    # all scores are 0, of the target and the five other documents that are not in the history
+    assert evaluate_scores(scores, dataset, "test").ranks.tolist() == [1 + 5 / 2] * 6

@@ -206,7 +206,10 @@ def test_rows_pair_for_any_features(tmp_path: Path) -> None:
         return found.checksum
 
     plain = DataConfig(
-        dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")}
+        time_unit="s",
+        dir="",
+        query={"past": History(of="item", max_items=5)},
+        doc={"item": Categorical(column="item_id")},
     )
     priced = replace(plain, doc={**plain.doc, "price": Numeric()})
     of_rows = checksum("plain", events, plain)

@@ -45,6 +45,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {
         "run": {"dir": str(folder / "run"), "trackers": []},
         "data": {
+            "time_unit": "s",
             "dir": str(folder / "dataset"), "exclude_seen": False, "lanes": 4,
             "query": {"history": {"type": "history", "of": "song", "max_items": 8}},
             "doc": {"song": {"type": "categorical"}},

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from bigdssm.config import DataConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import EventRules, Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import DailyEvents, fit_baseline
+from bigdssm.evaluation.chains import GRID, Chain, ChainEvents, ChainOptions, tuned_chain
 from bigdssm.evaluation.comparison import System, baseline_systems, slice_tables, slices_as_json
 from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_scores, evaluate_split
 from bigdssm.evaluation.slices import FEW_QUERIES, read_slices
@@ -137,7 +139,8 @@ def test_a_document_is_no_negative_of_a_query_before_its_time(dated: Dataset, un
     numbers = []
     for dataset in (dated, undated):
         stream = PairStream(dataset, rows_global=40, lanes=1)
-        build = BatchBuilder(stream, stage, 0, None if kind == "columns" else UniformNegatives(NUM_ITEMS))
+        negative = None if kind == "columns" else UniformNegatives(NegativeDocuments(NUM_ITEMS))
+        build = BatchBuilder(stream, stage, 0, negative)
         batch = next(read_batches(stream, build, torch.device("cpu"), 1))
         if batch.negatives is not None:  # without the positives
             positives = batch.negatives == batch.positive[:, None]
@@ -242,30 +245,101 @@ def test_baselines_by_day(folder: Path, undated: Dataset, split: str) -> None:
     rows = next(dataset.iterate("test", 1000))
     week = fit_baseline("popularity_by_day", dataset, {"days": 7})(rows)
     newest = fit_baseline("newest_by_day", dataset, {"days": 2})(rows)
-    chain = fit_baseline("markov_by_action", dataset, {})(rows)
-    matched, num_new, counted = 0, 0, counted_events(dataset, rebuilt=rebuilt)
-    for n, (target, known) in enumerate(targets(dataset)):
+    num_new, counted = 0, counted_events(dataset, rebuilt=rebuilt)
+    for n, (target, _) in enumerate(targets(dataset)):
         today = target["timestamp"] // DAY * DAY
-        counts, popularity, recent, earlier = np.zeros((4, NUM_ITEMS))
-        state = (known[-1]["item_id"], known[-1]["event_type"], target["event_type"]) if known else None
-        for event, before in counted:
+        recent, earlier = np.zeros((2, NUM_ITEMS))
+        for event, _ in counted:
             item = keys.index(event["item_id"])
             recent[item] += today - 7 * DAY <= event["timestamp"] < today
             earlier[item] += event["timestamp"] < today
-            if rebuilt and event["timestamp"] >= today:
-                continue
-            popularity[item] += 1
-            if before:
-                of_event = (before[-1]["item_id"], before[-1]["event_type"], event["event_type"])
-                counts[item] += of_event == state
-        matched += counts.sum()
         np.testing.assert_array_equal(week[n], recent)
-        ages = [today - introduced(key, dated=False) // DAY * DAY for key in keys]
-        new = np.array([0 <= age <= 2 * DAY for age in ages])
+        introductions = [introduced(key, dated=False) for key in keys]
+        new = np.array([today - 2 * DAY <= first < target["timestamp"] for first in introductions])
         np.testing.assert_array_equal(newest[n], np.where(new, earlier + 0.5, 0))
         num_new += int((new & (earlier > 0)).sum())
-        np.testing.assert_allclose(chain[n], counts + popularity / (popularity.sum() + 1))
-    assert matched > 20 and (num_new > 5 or not rebuilt)
+    assert num_new > 5 or not rebuilt
+
+
+def last_distinct(known: list[Event], window: int) -> list[tuple[str, str, int]]:
+    """Return (item, action of its newest event, distance) of the last distinct items."""
+    newest: dict[str, str] = {}
+    for event in reversed(known):
+        newest.setdefault(event["item_id"], event["event_type"])
+    return [(item, action, n + 1) for n, (item, action) in enumerate(newest.items())][:window]
+
+
+@pytest.mark.parametrize("daily", [True, False])
+@pytest.mark.parametrize("split", ["time", "leave-one-out"])
+def test_chain_is_that_of_a_plain_loop(folder: Path, undated: Dataset, split: str, daily: bool) -> None:
+    dataset = undated
+    if split != "time":
+        dataset = make(folder, f"chain-{daily}", split=split, validation_from=None, test_from=None)
+    rebuilt = split == "time" and daily
+    options = {"window": 2, "half_life_days": 5.0, "other_source": 0.25, "other_requested": 0.5, "daily": daily}
+    rows = next(dataset.iterate("test", 1000))
+    chain = fit_baseline("chain", dataset, options)(rows)
+    keys = dataset.catalogue.keys(np.arange(NUM_ITEMS))
+    counted = counted_events(dataset, rebuilt=rebuilt)
+    num_scored = 0
+    for n, (target, known) in enumerate(targets(dataset)):
+        today = target["timestamp"] // DAY
+        scores, popularity = np.zeros((2, NUM_ITEMS))
+        for event, before in counted:
+            age = today - event["timestamp"] // DAY
+            if rebuilt and age <= 0:
+                continue
+            item = keys.index(event["item_id"])
+            popularity[item] += 1
+            for source, source_action, distance in last_distinct(before, 2):
+                for of_request, action, nth in last_distinct(known, 2):
+                    if source == of_request:
+                        weight = 1 / (distance * nth) * 0.5 ** (max(age, 0) / 5)
+                        weight *= 1 if source_action == action else 0.25
+                        weight *= 1 if event["event_type"] == target["event_type"] else 0.5
+                        scores[item] += weight
+        num_scored += int((scores > 0).sum())
+        expected = scores / (scores.max() or 1) + 1e-9 * popularity / popularity.sum()
+        np.testing.assert_allclose(chain[n], expected, rtol=1e-9)
+    assert num_scored > 100
+
+
+def test_options_of_a_chain_are_the_best_on_validation(undated: Dataset) -> None:
+    events = ChainEvents(undated, "action")
+
+    def ndcg(options: ChainOptions, dataset: Dataset) -> float:
+        return evaluate_scores(Chain(events, options), dataset, "validation").metrics["ndcg_at_10"]
+
+    chosen = tuned_chain(events, undated).options
+    of_window = {window: ndcg(replace(ChainOptions(), window=window), undated) for window in GRID["window"]}
+    assert chosen.window == max(of_window, key=of_window.__getitem__) and len(set(of_window.values())) > 1
+    assert ndcg(chosen, undated) >= max(of_window.values())
+    assert chosen != ChainOptions(window=chosen.window)
+    system = baseline_systems(undated, "test", by_day=True)[-1]
+    assert system.name == "daily chain" and system.options == f"{chosen} (chosen on validation)"
+    # the targets of validation decide, not those of train, which are counted
+    viewed = undated.with_rules(EventRules(targets={"validation": "action = view"}))
+    for_viewed = tuned_chain(ChainEvents(viewed, "action"), viewed).options
+    assert for_viewed != chosen and ndcg(for_viewed, viewed) > ndcg(chosen, viewed)
+
+
+def test_an_item_is_new_from_its_first_event_or_version_on(dated: Dataset, undated: Dataset) -> None:
+    """Not before on its first day, and not for its own first event."""
+    keys = dated.catalogue.keys(np.arange(NUM_ITEMS))
+    first_event = np.array([introduced(key, dated=False) for key in keys])
+    for dataset in (dated, undated):
+        first_version = np.array([SINCE[key] if dataset is dated else np.inf for key in keys])
+        first_day = np.minimum(first_event, first_version) // DAY
+        scores = fit_baseline("newest_by_day", dataset, {"days": 2})(next(dataset.iterate("test", 1000)))
+        num_own, num_early = 0, 0
+        for n, (target, _) in enumerate(targets(dataset)):
+            time = target["timestamp"]
+            known = (first_event < time) | (first_version <= time)
+            recent = first_day >= time // DAY - 2
+            assert (scores[n] > 0).tolist() == (known & recent).tolist()
+            num_own += first_event[keys.index(target["item_id"])] == time
+            num_early += int((~known & (first_day == time // DAY)).sum())
+        assert num_own > 1 and (num_early > 10 or dataset is dated)
 
 
 def test_baselines_by_day_count_the_targets_of_training(undated: Dataset) -> None:
@@ -275,9 +349,16 @@ def test_baselines_by_day_count_the_targets_of_training(undated: Dataset) -> Non
     buys = [event["timestamp"] // DAY for event in every if event["event_type"] == "buy"]
     assert sorted(buys) == events.day.tolist() and len(buys) < len(every) / 2
     names = [system.name for system in baseline_systems(undated, "test", by_day=True)]
-    assert names == ["popularity", "Markov, window 3", "popularity, 7 days", "popularity, 30 days", "Markov by action"]
+    assert names == [
+        "popularity",
+        "Markov, window 3",
+        "popularity, 7 days",
+        "popularity, 30 days",
+        "chain",
+        "daily chain",
+    ]
     with pytest.raises(ConfigError, match=r"feature=kind: needs a categorical feature of data.event, of \['action'\]"):
-        fit_baseline("markov_by_action", undated, {"feature": "kind"})
+        fit_baseline("chain", undated, {"feature": "kind"})
 
 
 def test_slices(dated: Dataset, undated: Dataset) -> None:

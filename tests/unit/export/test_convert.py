@@ -42,6 +42,7 @@ from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import Dtype, difference_from_model, read_vectors, write_card, write_file, write_vectors
 from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
+from tests.tolerances import assert_scores_close
 from tests.unit.conftest import random_model
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -50,7 +51,7 @@ DOCUMENTS = ["a lantern of copper", "stone bridges over a river. " * 9, "zephyr"
 MODELS = {
     "dot with beta, one encoder": {"score": "dot", "share_text": True},
     "dot without beta": {"score": "dot", "beta": "none", "doc": {"text": {"pooling": "cls"}}},
-    "cosine with beta": {"score": "cosine"},
+    "cosine with beta": {"score": "cosine", "beta": "document"},
     "dot with one beta": {"score": "dot", "beta": "scalar", "beta_init": -3.0},
     "cosine with one beta": {"score": "cosine", "beta": "scalar", "beta_init": -3.0},
     "the text's own vector": {
@@ -83,10 +84,12 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_source(tokenizer_dir: Path) -> Any:
     """Return a function from model settings to an ExportSource: a random model of one text per side."""
 
-    def make(lengths: tuple[int, int] = (12, 24), feature: str = "text", **settings: Any) -> ExportSource:
+    def make(
+        lengths: tuple[int, int] = (12, 24), prompts: tuple[str, str] = ("", ""), feature: str = "text", **settings: Any
+    ) -> ExportSource:
         sides = {
-            side: {feature: {"type": "text", "max_tokens": n}}
-            for side, n in zip(("query", "doc"), lengths, strict=True)
+            side: {feature: {"type": "text", "max_tokens": n, "prompt": prompt}}
+            for side, n, prompt in zip(("query", "doc"), lengths, prompts, strict=True)
         }
         towers = {side: {"mlp": [10], **settings.pop(side, {})} for side in ("query", "doc")}
         for tower in towers.values():
@@ -220,18 +223,54 @@ def test_sentence_transformers_keeps_one_encoder_where_it_is_one(make_source: An
         assert [path.name for path in (tmp_path / "exported").glob("*_Transformer")] == ["query_0_Transformer"]
 
 
-def test_sides_of_the_same_modules_are_a_plain_model(make_source: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "prompts", "note", "differing"),
+    [
+        ((16, 16), ("", ""), "`encode` returns the vectors of `encode_query` and `encode_document`.", ("", "")),
+        (
+            (12, 24),
+            ("", ""),
+            "`encode` returns the vectors of `encode_document`; `encode_query` truncates at 12 tokens in place of 24.",
+            ("long", ""),
+        ),
+        (
+            (24, 12),
+            ("", ""),
+            "`encode` returns the vectors of `encode_query`; `encode_document` truncates at 12 tokens in place of 24.",
+            ("", "long"),
+        ),
+        (
+            (12, 24),
+            ("river: ", "stone: "),
+            "`encode` is for neither side; `encode_query` adds the prompt 'river: ' and truncates at 12 tokens in "
+            "place of 24. `encode_document` adds the prompt 'stone: '.",
+            ("long short", "long short"),
+        ),
+    ],
+)
+def test_the_card_states_what_encode_of_a_plain_model_returns(
+    make_source: Any,
+    lengths: tuple[int, int],
+    prompts: tuple[str, str],
+    note: str,
+    differing: tuple[str, str],
+    tmp_path: Path,
+) -> None:
+    """`differing`: the texts whose vectors by `encode_query` and by `encode_document` are not those of `encode`."""
     library = pytest.importorskip("sentence_transformers")
-    source = make_source(lengths=(12, 24), **MODELS["one module"])
+    source = make_source(lengths=lengths, prompts=prompts, **MODELS["one module"])
     export(source, tmp_path / "exported", "sentence-transformers")
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "`encode` takes either side" in card and len(list((tmp_path / "exported").rglob("model.safetensors"))) == 1
+    assert f"Both towers are the same modules. {note}\n" in card
+    assert len(list((tmp_path / "exported").rglob("model.safetensors"))) == 1
     model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
-    texts = ["walnut " * 40, "copper lantern"]
-    plain, queries, documents = model.encode(texts), model.encode_query(texts), model.encode_document(texts)
-    np.testing.assert_array_equal(plain, documents)
-    assert np.abs(plain - queries).max(axis=1)[0] > 1e-4 > np.abs(plain - queries).max(axis=1)[1]
+    texts = {"long": "walnut river " * 40, "short": "copper lantern"}
+    plain = model.encode(list(texts.values()))
+    for encode, names in zip((model.encode_query, model.encode_document), differing, strict=True):
+        difference = np.abs(plain - encode(list(texts.values()))).max(axis=1)
+        assert [name for name, value in zip(texts, difference, strict=True) if value > 1e-4] == names.split()
+        assert all(value < 1e-6 for name, value in zip(texts, difference, strict=True) if name not in names.split())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -258,7 +297,9 @@ def test_vectors_of_a_model_without_beta_have_the_width_of_the_model(
     index = open_index(tmp_path / "index", loaded)
     assert (index.meta.width, index.meta.whole) == (dim - 2, dim)
     query, every = loaded.encode_queries([{}]), read_vectors(tmp_path / "vectors", folder.checksum, dataset)
-    assert index.search(query, 1)[0][0].score == pytest.approx(float((every @ query[0]).max()), rel=1e-5)
+    best = float((every @ query[0]).max())
+    scale = float((np.abs(every) @ np.abs(query[0])).max())
+    assert_scores_close([index.search(query, 1)[0][0].score], [best], dim, scale)
     cosines, rows = index.similar(3, 1)
     norms = np.linalg.norm(every, axis=1)
     assert cosines[0] == pytest.approx(float(every[3] @ every[rows[0]] / norms[3] / norms[rows[0]]), rel=1e-5)
@@ -267,7 +308,7 @@ def test_vectors_of_a_model_without_beta_have_the_width_of_the_model(
     write_vectors(tmp_path / "earlier", earlier, dataset, folder.checksum, score=config.model.score, dtype=dtype)
     build_index(tmp_path / "earlier", tmp_path / "earlier_index")
     found = open_index(tmp_path / "earlier_index", loaded)
-    assert found.search(query, 1)[0][0].score == pytest.approx(float((every @ query[0]).max()), rel=1e-5)
+    assert_scores_close([found.search(query, 1)[0][0].score], [best], dim, scale)
     with pytest.raises(CheckpointError, match=f"vectors of width {dim + 1}, needs {dim}; embed it again"):
         read_vectors(tmp_path / "earlier", folder.checksum, dataset, width=folder.index_width)
 
@@ -579,3 +620,36 @@ def monkeypatched_forward(folder: ModelFolder) -> Iterator[None]:
     hook = folder.model.register_forward_pre_hook(refuse)
     yield
     hook.remove()
+
+
+@pytest.mark.parametrize("name", ["one module", "the text's own vector", "dot without beta"])
+def test_a_normalized_encoder_is_normalized_once(make_source: Any, name: str, tmp_path: Path) -> None:
+    """A cosine model has one Normalize, its last module; a dot model those of its encoders."""
+    library = pytest.importorskip("sentence_transformers")
+    settings = {side: {"mlp": [], **MODELS[name].get(side, {})} for side in ("query", "doc")}
+    source = make_source(**{**MODELS[name], "dim": 8, **settings})
+    for encoder in source.model.model.text.values():
+        encoder.normalize = True
+    parity = export(source, tmp_path / "exported", "sentence-transformers")
+    assert max(parity.query, parity.doc) <= PARITY_LIMIT
+    modules = json.loads((tmp_path / "exported" / "modules.json").read_text())
+    routes = tmp_path / "exported" / "router_config.json"
+    inner = list(json.loads(routes.read_text())["types"]) if routes.exists() else []
+    paths = [path for path in [*(module["path"] for module in modules), *inner] if path.endswith("Normalize")]
+    expected = {"one module": ["2_Normalize"], "the text's own vector": ["1_Normalize"]}
+    assert paths == expected.get(name, ["query_2_Normalize", "document_2_Normalize"])
+    model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    scores = model.similarity(model.encode_query(QUERIES), model.encode_document(DOCUMENTS))
+    scale = 1.0 if name.startswith("dot") else source.model.model.log_alpha.exp()
+    torch.testing.assert_close(scale * scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cosine_model_by_default_has_vectors_alone_and_no_code(make_source: Any, tmp_path: Path) -> None:
+    """Without a key, the score has no bias: index vectors have the width D, and the export has no module of ours."""
+    library = pytest.importorskip("sentence_transformers")
+    source = make_source()
+    assert source.model.config.model.beta == "none" and source.model.index_width == 6
+    export(source, tmp_path / "exported", "sentence-transformers")
+    assert not list((tmp_path / "exported").rglob("*.py"))
+    model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
+    assert model.encode_query(QUERIES).shape == (len(QUERIES), 6)

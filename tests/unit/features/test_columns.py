@@ -16,7 +16,8 @@ import pytest
 import bigdssm
 from bigdssm.errors import DataError
 from bigdssm.features import Categorical, Numeric, Text, Vector
-from bigdssm.features.columns import RowCheck, SourceBatch, ids, numbers, strings, times, value_lists
+from bigdssm.features.columns import RowCheck, SourceBatch, ids, numbers, strings, value_lists
+from bigdssm.features.times import TimeRule, times
 
 DAY = datetime.date(2020, 1, 2)
 MOMENT = datetime.datetime(2020, 1, 2, 3, 4, 5, 250_000)
@@ -26,7 +27,7 @@ READERS = {
     "text": lambda check: strings(check, "c"),
     "lists": lambda check: value_lists(check, "c", " "),
     "numbers": lambda check: numbers(check, "c"),
-    "times": lambda check: times(check, "c"),
+    "times": lambda check: times(check, "c", TimeRule()).values,
     "category": lambda check: Categorical(name="c").read(check),
     "number": lambda check: Numeric(name="c").read(check),
     "words": lambda check: Text(name="c").read(check),
@@ -126,7 +127,7 @@ def test_dates_are_numbers_and_times(column: Any, seconds: list[float]) -> None:
     np.testing.assert_allclose(found, seconds, rtol=1e-15)
     assert not unreadable.any()
     np.testing.assert_array_equal(Numeric(name="c").read(check).to_numpy(), found)
-    np.testing.assert_array_equal(times(check, "c"), found)
+    np.testing.assert_array_equal(times(check, "c", TimeRule()).values, found)
     assert said == ["2: c is None, needs a number or an ISO-8601 time"] * (len(seconds) - 1)
 
 
@@ -143,12 +144,12 @@ def test_durations_and_times_of_day_are_numbers_and_no_times(column: Any, second
     check, _ = check_of(column)
     assert numbers(check, "c")[0].tolist() == [seconds]
     with pytest.raises(DataError, match=re.escape("'c' holds") + ".*needs dates, timestamps or numbers"):
-        times(check, "c")
+        times(check, "c", TimeRule())
 
 
 def test_booleans_are_not_times() -> None:
     with pytest.raises(DataError, match="'c' holds bool, needs dates, timestamps or numbers"):
-        times(check_of([True])[0], "c")
+        times(check_of([True])[0], "c", TimeRule())
 
 
 KINDS = [

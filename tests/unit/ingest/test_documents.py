@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from bigdssm.config import DataConfig, NegativesConfig, SourceConfig, StageConfig
 from bigdssm.dataset.catalogue import Versions
 from bigdssm.dataset.dataset import Dataset, open_dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric, Ragged
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
@@ -159,7 +160,7 @@ def test_no_column_of_a_step_has_a_version_of_its_event(grown: Path, kind: str) 
     shares: list[int] = []
     for rank in range(world_size):
         stream = PairStream(dataset, rows_global=240, lanes=4, rank=rank, world_size=world_size)
-        hard = UniformNegatives(num_docs) if kind == "hard" else None
+        hard = UniformNegatives(NegativeDocuments(num_docs)) if kind == "hard" else None
         make = BatchBuilder(stream, StageConfig(negatives=negatives), hard_negatives=hard)
         batch = next(read_batches(stream, make, torch.device("cpu")))
         assert len(set(batch.query["day"].tolist())) == DAYS
@@ -204,6 +205,7 @@ def test_a_feature_of_the_name_of_their_column_is_refused_before_anything_is_dam
 
 ITEMS = ("a", "b", "c", "d")
 SEQUENCES = DataConfig(
+    time_unit="s",
     dir="",
     query={"past": History(of="kind", max_items=4)},
     doc={"kind": Categorical(), "price": Numeric()},

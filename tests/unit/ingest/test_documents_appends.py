@@ -15,6 +15,7 @@ from bigdssm import make_dataset
 from bigdssm.commands import make_shards
 from bigdssm.config import DataConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.stamps import STAMPS_FILE
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History, Numeric
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
@@ -23,7 +24,7 @@ from bigdssm.ingest.pairs import ItemTables, PairTables, make_items, make_pairs
 from bigdssm.loader.inspection import describe, verify_dataset
 
 DOC = {"item": Categorical(column="item_id"), "price": Numeric()}
-CONFIG = DataConfig(dir="", query={"past": History(of="item", max_items=9)}, doc=DOC)
+CONFIG = DataConfig(dir="", time_unit="s", query={"past": History(of="item", max_items=9)}, doc=DOC)
 TIMES = [{}, {"items_time_column": "since"}]
 
 
@@ -61,7 +62,8 @@ def append(
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != STAMPS_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def withdrawn_keys(folder: Path) -> list[str]:
@@ -159,7 +161,9 @@ def _config(folder: Path) -> Path:
     path = folder / "c.yaml"
     doc = "{item: {type: categorical, column: item_id}, price: {type: numeric}}"
     past = "{past: {type: history, of: item, max_items: 9}}"
-    path.write_text(f"run: {{dir: {folder}/run}}\ndata: {{dir: {folder / 'out'}, query: {past}, doc: {doc}}}\n")
+    path.write_text(
+        f"run: {{dir: {folder}/run}}\ndata: {{dir: {folder / 'out'}, time_unit: s, query: {past}, doc: {doc}}}\n"
+    )
     return path
 
 

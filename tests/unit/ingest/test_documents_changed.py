@@ -22,6 +22,7 @@ from bigdssm.retrieval.vectors import write_vectors
 NUM_ITEMS, NUM_USERS, EVENTS = 30, 24, 12
 CONFIG: dict[str, Any] = {
     "data": {
+        "time_unit": "s",
         "lanes": 4, "title": "title",
         "query": {"past": {"type": "history", "of": "item_id", "max_items": 6}, "mood": {"type": "numeric"}},
         "doc": {"item_id": {"type": "categorical"}, "kind": {"type": "categorical"}, "price": {"type": "numeric"}},

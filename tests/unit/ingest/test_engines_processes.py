@@ -99,7 +99,9 @@ def make_interactions_twice(
 ) -> dict[str, bytes]:
     query = {"past": History(of="item_id", max_items=5), "age": Numeric()}
     doc = {"item_id": Categorical(), "title": TEXT, "kinds": KINDS, "look": Vector(dim=3)}
-    config = DataConfig(dir="", query=query, doc=doc, tokenizer=TokenizerConfig(vocab_size=150), targets_per_row=4)
+    config = DataConfig(
+        dir="", time_unit="s", query=query, doc=doc, tokenizer=TokenizerConfig(vocab_size=150), targets_per_row=4
+    )
     for number in range(2):
         source = folder / str(number)
         tables = InteractionTables(source / "events", source / items, source / users, split="time", **options)
@@ -110,7 +112,11 @@ def make_interactions_twice(
 
 def make_pairs_twice(folder: Path, out: Path, processes: int) -> dict[str, bytes]:
     config = DataConfig(
-        dir="", query={"q": TEXT}, doc={"title": TEXT, "kinds": KINDS}, tokenizer=TokenizerConfig(vocab_size=150)
+        time_unit="s",
+        dir="",
+        query={"q": TEXT},
+        doc={"title": TEXT, "kinds": KINDS},
+        tokenizer=TokenizerConfig(vocab_size=150),
     )
     for number in range(2):
         tables = PairTables((folder / str(number) / "pairs",), split="random", whole_documents=True, dedup=True)
@@ -164,7 +170,7 @@ def test_an_ingestion_ends_its_own_processes_only(small_steps: None, tmp_path: P
     assert others
     write_tables(tmp_path / "tables", 0)
     tables = InteractionTables(tmp_path / "tables/events", tmp_path / "tables/items")
-    config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
+    config = DataConfig(dir="", time_unit="s", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
     make_interactions(
         config, tables, IngestTarget(tmp_path / "out", processes=2), lambda *told: met.update(processes())
     )

@@ -86,7 +86,7 @@ def test_a_file_of_sequences_ends_with_as_many_events_as_memory_holds(
     events = [f"u{user},i{n % 6},{n}" for user, length in enumerate(lengths) for n in range(length)]
     (tmp_path / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]) + "\n")
     (tmp_path / "items.csv").write_text("item_id\n" + "".join(f"i{i}\n" for i in range(6)))
-    config = DataConfig(dir="", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
+    config = DataConfig(dir="", time_unit="s", query={"past": History(of="item_id")}, doc={"item_id": Categorical()})
     tables = InteractionTables(tmp_path / "events.csv", tmp_path / "items.csv", split="train")
     make_interactions(config, tables, IngestTarget(tmp_path / "whole"))
     monkeypatch.setattr("bigdssm.ingest.cutting.EVENTS_PER_FILE", 10)

@@ -19,7 +19,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.queries import PastEvents, histories
 
 HISTORY = History(of="item", max_items=5)
-CONFIG = DataConfig(dir="", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
+CONFIG = DataConfig(dir="", time_unit="s", query={"past": HISTORY}, doc={"item": Categorical(column="item_id")})
 Row = tuple[str, tuple[str, ...], str]
 
 
@@ -94,7 +94,7 @@ def test_an_item_without_a_value_is_no_end_of_a_history(tmp_path: Path) -> None:
     write(tmp_path, [("u", f"i{i}", i) for i in range(6)])
     (tmp_path / "items.csv").write_text("item_id,brand\n" + "".join(f"{key},{of}\n" for key, of in brands.items()))
     doc = {"item": Categorical(column="item_id"), "brand": Categorical()}
-    config = DataConfig(dir="", query={"past": History(of="brand", max_items=9)}, doc=doc)
+    config = DataConfig(dir="", time_unit="s", query={"past": History(of="brand", max_items=9)}, doc=doc)
     dataset = make(tmp_path, config)
     (rows,) = dataset.iterate("test", 10)
     a, b, unknown = 2, 3, 1
@@ -142,7 +142,7 @@ def test_bad_rows_are_named_counted_and_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"6 of 72 rows are bad.*0\.001: 1 × .*; the first is .*items\.csv, row 7"):
         make(tmp_path, rating_column="rating")
     assert not (tmp_path / "out").exists() and len((tmp_path / "out.quarantine.jsonl").read_text().splitlines()) == 6
-    tolerant = DataConfig(dir="", query=CONFIG.query, doc=CONFIG.doc, max_bad_fraction=0.1)
+    tolerant = DataConfig(dir="", time_unit="s", query=CONFIG.query, doc=CONFIG.doc, max_bad_fraction=0.1)
     dataset = make(tmp_path, tolerant, rating_column="rating")
     reasons = (dataset.dir / "quarantine.jsonl").read_text()
     expected = ("'i0' is in the table already", "'nope' is not in", "item_id is empty", "user_id is empty")
@@ -155,7 +155,7 @@ def test_users_missing_from_their_table_have_missing_features(tmp_path: Path) ->
     write(tmp_path, [(f"u{u}", f"i{t}", t) for u in range(3) for t in range(5)])
     (tmp_path / "users.csv").write_text("user_id,age,job\nu0,30,a\nu2,50,b\n")
     query = {"past": HISTORY, "age": Numeric(), "job": Categorical()}
-    config = DataConfig(dir="", query=query, doc=CONFIG.doc)
+    config = DataConfig(dir="", time_unit="s", query=query, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="age, job need a users table"):
         make(tmp_path, config)
     dataset = make(tmp_path, config, users=tmp_path / "users.csv")
@@ -182,7 +182,7 @@ def test_an_append_leaves_existing_files_unchanged(tmp_path: Path) -> None:
     assert rows_of(after, "test") == rows_of(before, "test")
     with pytest.raises(DataError, match="already has a partition 'day2'"):
         make(tmp_path, partition="day2", append=True)
-    other = DataConfig(dir="", query={"past": History(of="item", max_items=6)}, doc=CONFIG.doc)
+    other = DataConfig(dir="", time_unit="s", query={"past": History(of="item", max_items=6)}, doc=CONFIG.doc)
     with pytest.raises(ConfigError, match="max_items=6 against 5"):
         make(tmp_path, other, partition="day3", append=True)
 

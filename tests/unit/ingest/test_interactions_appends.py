@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from bigdssm.ingest.job import IngestReport, IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 
 DOC = {"item": Categorical(column="item_id")}
-CONFIG = DataConfig(dir="", query={"past": History(of="item", max_items=9)}, doc=DOC)
+CONFIG = DataConfig(dir="", time_unit="s", query={"past": History(of="item", max_items=9)}, doc=DOC)
 LENIENT = DataConfig(dir="", query=CONFIG.query, doc=DOC, max_bad_fraction=0.5)
 Event = tuple[str, str, float, float]
 FIRST: list[Event] = [("u", "i0", 10, 3), ("u", "i1", 20, 4), ("u", "i1", 20, 5), ("v", "i0", 5, 1), ("v", "i2", 6, 1)]
@@ -117,9 +118,11 @@ def test_older_events_within_the_bad_row_limit_are_left_out(tmp_path: Path, opti
 @pytest.mark.parametrize("units", [(1, 1000), (1000, 1), (1_000_000, 1)])
 def test_another_unit_of_time_than_the_datasets_is_refused(tmp_path: Path, units: tuple[int, int]) -> None:
     first, second = units
-    make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * first, 1) for day in range(3)])
-    with pytest.raises(DataError, match=r"with the events of .*/out, mixes units of time"):
-        make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * second, 1) for day in range(3, 6)], "day2")
+    config = replace(CONFIG, time_unit="auto")
+    make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * first, 1) for day in range(3)], config=config)
+    unit = {1: "s", 1000: "ms", 1_000_000: "us"}[first]
+    with pytest.raises(DataError, match=rf"3 × timestamp is …, needs a time of … to … in {unit}; .* of 1975 to 2100"):
+        make(tmp_path, [("u", f"i{day}", (1_700_000_000 + day) * second, 1) for day in range(3, 6)], "day2", config)
 
 
 @pytest.mark.parametrize("first", ["timestamp", None])
@@ -171,7 +174,7 @@ def test_an_append_that_holds_most_out_is_reported(tmp_path: Path) -> None:
         make(tmp_path, [("u", "i1", 40, 1)], "day4", split=None)
 
 
-PAIR_CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
+PAIR_CONFIG = DataConfig(dir="", time_unit="s", query={"q": Categorical()}, doc={"d": Categorical()})
 # split options, and the expected split by row number
 SPLITS: dict[str, tuple[dict[str, Any], Callable[[int], str | None]]] = {
     "random": ({"split": "random", "validation_fraction": 0.3, "test_fraction": 0.3}, lambda row: None),

@@ -21,7 +21,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.retrieval.queries import read_user
 
 QUERY = {"past": History(of="item", max_items=5), "age": Numeric(), "jobs": Categorical(multi=True)}
-CONFIG = DataConfig(dir="", query=QUERY, doc={"item": Categorical(column="item_id")}, targets_per_row=3)
+CONFIG = DataConfig(dir="", time_unit="s", query=QUERY, doc={"item": Categorical(column="item_id")}, targets_per_row=3)
 Known = tuple[float | None, tuple[str, ...]]
 NOTHING: Known = (None, ())
 
@@ -151,4 +151,4 @@ def test_invalid_time_columns_of_users_are_refused(tmp_path: Path) -> None:
         table = table.set_column(column, table.column_names[column], moved)
         pq.write_table(table, tmp_path / f"{name}.parquet")
     with pytest.raises(DataError, match=r"events.parquet, .* with .*users.parquet, column 'since', mixes units"):
-        make(tmp_path, tmp_path / "out")
+        make(tmp_path, tmp_path / "out", time_unit="auto")

@@ -12,6 +12,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -251,7 +252,7 @@ def test_refused_events(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"event features \[.*\] against \[.*\]"):
         make(tmp_path, rows, "day2", replace(CONFIG, event={"action": EVENT["action"]}))
     milliseconds = [{**row, "timestamp": row["timestamp"] * 1000} for row in rows]
-    with pytest.raises(DataError, match="mixes units of time"):
+    with pytest.raises(DataError, match="100 × timestamp is … needs a time of … to … in s;"):
         make(tmp_path, milliseconds, "day2")
     (tmp_path / "other").mkdir()
     make(tmp_path / "other", milliseconds)
@@ -259,10 +260,14 @@ def test_refused_events(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the times of events are in units of 1 s and 0\.001 s; build both from"):
         join([*map(Dataset.open, folders)], [SourceConfig(str(f)) for f in folders], str(folders[0]), "mixed")
     (tmp_path / "1997").mkdir()
+    make(tmp_path / "1997", [{**row, "timestamp": row["timestamp"] * 500} for row in rows])
+    assert Dataset.open(tmp_path / "1997" / "out").header.time_unit == 0.001
+    (tmp_path / "1850").mkdir()
+    dates = pd.date_range("1850-01-01", periods=len(rows))
     with pytest.raises(
-        DataError, match=r"got times from 85\d+ to 8\d+, needs dates of 1900 to 2100 for features of type"
+        DataError, match=r"got times from -37\d+ to -37\d+, needs dates of 1900 to 2100 for features of type"
     ):
-        make(tmp_path / "1997", [{**row, "timestamp": row["timestamp"] * 500} for row in rows])
+        make(tmp_path / "1850", [{**row, "timestamp": day} for row, day in zip(rows, dates, strict=True)])
     with pytest.raises(ConfigError, match=r"data\.event\.hour\.timezone: got 'Europe/Paradise', needs a time zone"):
         CalendarTime(timezone="Europe/Paradise").check("data.event.hour", "event", DOC)
     with pytest.raises(ConfigError, match=r"data\.ties: got order, needs exclude without data\.request"):
@@ -282,7 +287,7 @@ def test_now_cuts_the_events_of_a_user(tmp_path: Path) -> None:
     assert dataset.catalogue.keys(query.excluded) == known
     assert len(queries.of(Request(user=user, now=1_600_000_000)).seen) == 0
     for request in (Request(user=user, now=now * 1000), Request(events=[], now=now * 1000)):
-        with pytest.raises(ConfigError, match=r"now is 17\d+, needs a date of 2000 to 2100 in units of 1 s, as"):
+        with pytest.raises(ConfigError, match=r"now is 17\d+, needs a time of 1975 to 2100 in s, as the events of"):
             queries.of(request)
     make(tmp_path / "out", rows, config=replace(CONFIG, event={}), time_column=None, split="leave-one-out")
     undated = Dataset.open(tmp_path / "out" / "out")
@@ -483,7 +488,11 @@ def test_hostile_events_of_an_append_are_bad_rows(tmp_path: Path) -> None:
         ("event_type", [["view"]], "column 'event_type' holds list.*, needs single values"),
         ("price", [[3.0]], "column 'price' holds list.*, needs numbers"),
         ("price", ["dear"], r"rows are bad .* price is 'dear', needs a finite 32-bit number"),
-        ("timestamp", [1_800_000_000_000, *[1_800_000_000] * 59], "mixes units of time: .* 1 such as 1800000000000"),
+        (
+            "timestamp",
+            [1_800_000_000_000, *[1_800_000_000] * 59],
+            "mixes units of time: .* 1 in ms, such as 1800000000000 |timestamp is 1800000000000, needs a time of 1975",
+        ),
     ],
 )
 def test_hostile_tables(tmp_path: Path, column: str, values: Any, sentence: str) -> None:
@@ -509,12 +518,12 @@ def test_hostile_requests(tmp_path: Path) -> None:
     for given, sentence in (
         ({"events": [{"time": newest}]}, "item of an event is missing"),
         ({"events": [{"item": "i3", "time": newest - 1}]}, f"needs at least {newest}, that of the user's newest"),
-        ({"events": [{"item": "i3", "time": newest * 1000}]}, "the request mixes units of time"),
-        ({"events": [{"item": "i3", "time": 0}]}, "time of an event is 0, needs a date of 2000 to 2100"),
+        ({"events": [{"item": "i3", "time": newest * 1000}]}, "time of an event is 17.*, needs a time of 1975 to"),
+        ({"events": [{"item": "i3", "time": 0}]}, "time of an event is 0, needs a time of 1975 to 2100 in s"),
         ({"events": [{"item": "i3", "time": math.nan}]}, "time of an event is nan, needs a finite number"),
         ({"events": [{"item": "i3"}]}, "1 of 1 events have no time; give it for all"),
-        ({"now": newest * 1000}, "now is 17.*, needs a date of 2000 to 2100 in units of 1 s, as the events of"),
-        ({"now": 0}, "now is 0, needs a date of 2000 to 2100"),
+        ({"now": newest * 1000}, "now is 17.*, needs a time of 1975 to 2100 in s, as the events of"),
+        ({"now": 0}, "now is 0, needs a time of 1975 to 2100 in s"),
         ({"now": math.inf}, "now is inf, needs a finite number"),
         ({"context": {"action": ["buy"]}}, "action: column 'action' holds list.*, needs single values"),
         ({"context": {"price": "dear"}}, "price is 'dear', needs a number"),

@@ -23,6 +23,7 @@ from bigdssm.loader.inspection import describe, sample_rows, verify_dataset
 from bigdssm.retrieval.queries import histories, read_user
 
 CONFIG = DataConfig(
+    time_unit="s",
     dir="", query={"past": History(of="kind", max_items=4)}, doc={"kind": Categorical(), "price": Numeric()},
     title="title", targets_per_row=3,
 )  # fmt: skip
@@ -266,4 +267,4 @@ def test_invalid_time_columns_of_items_are_refused(tmp_path: Path) -> None:
     items = [(key, 1.7e12 + since, *facts) for key, since, *facts in ITEMS]
     write(tmp_path, items, [(user, item, 1.7e9 + time) for user, item, time in events])
     with pytest.raises(DataError, match=r"events.parquet, .* with .*items.parquet, column 'updated', mixes units"):
-        make(tmp_path, tmp_path / "out")
+        make(tmp_path, tmp_path / "out", config=replace(CONFIG, time_unit="auto"))

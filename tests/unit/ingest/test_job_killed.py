@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.stamps import STAMPS_FILE
 
 ROOT = Path(__file__).parents[3]
 # Builds each dataset in a fork: reads lines of JSON (kind, source, out, append, dies_at, told), and answers each with
@@ -56,6 +57,7 @@ def make(kind, source, out, append, told):
         ),
     }[kind.removeprefix("dated ")]
     config = DataConfig(
+        time_unit="s",
         dir=out, query=features[0], doc=features[1], tokenizer=TokenizerConfig(vocab_size=200), max_bad_fraction=0.1
     )
     target = job.IngestTarget(Path(out), "day1" if append else "base", append=append)
@@ -173,7 +175,7 @@ def content(folder: Path) -> dict[str, bytes]:
         f"{number}/{path.relative_to(place)}": path.read_bytes()
         for number, place in enumerate((folder, beside))
         for path in place.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != STAMPS_FILE
     }
     found["0/dataset.json"] = found["0/dataset.json"].replace(f'"name": "{folder.name}"'.encode(), b"")
     return found

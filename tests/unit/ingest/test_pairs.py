@@ -22,6 +22,7 @@ from bigdssm.loader.inspection import sample_rows
 from bigdssm.sources.beir import read_qrels_tsv
 
 CONFIG = DataConfig(
+    time_unit="s",
     dir="",
     query={"q": Text(max_tokens=8)},
     doc={"text": Text(max_tokens=16), "kind": Categorical()},

@@ -19,7 +19,7 @@ from bigdssm.ingest.job import IngestTarget
 
 Piece = tuple[str, int, int]  # user, position of the first target, position after the last
 CONFIG = DataConfig(
-    dir="", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")},
+    dir="", time_unit="s", query={"past": History(of="item", max_items=5)}, doc={"item": Categorical(column="item_id")},
     targets_per_row=3,
 )  # fmt: skip
 

@@ -30,7 +30,6 @@ CONFIG = DataConfig(
     doc={"doc": Text(max_tokens=8), "kind": Categorical()},
     tokenizer=TokenizerConfig(vocab_size=200),
 )
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def sample(i: int) -> dict[str, object]:

@@ -7,18 +7,23 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from bigdssm.cluster.launcher import state_of
+from bigdssm.cluster.launcher import children_of, state_of
 from bigdssm.config import DataConfig, TokenizerConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -27,12 +32,13 @@ from bigdssm.features import Numeric, Ragged, Text
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.order import Order
-from bigdssm.loader.stream import LoadedStep, PairStream, WorkerSteps, load
+from bigdssm.loader.stream import PairStream
+from bigdssm.loader.workers import LoadedStep, Peers, WorkerSteps, load
 from bigdssm.utils.hashing import hash64
 from tests.tiny_datasets import NUM_DOCS, Writer
 
 ROWS_GLOBAL, LANES = 48, 8
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # else loader processes import pytest
 
 
 def steps(dataset: Path | Dataset, count: int, **arguments: int) -> list[Rows]:
@@ -218,41 +224,151 @@ def test_a_dataset_pickles_as_its_path(interactions: Path) -> None:
     assert pickle.loads(content).fingerprint == dataset.fingerprint
 
 
+class Values(WorkerSteps[Any]):
+    """Steps of one process, with the given values; `seen` has a byte for each that was built."""
+
+    def __init__(self, values: Callable[[], Iterable[Any]], seen: Path) -> None:
+        super().__init__(len)
+        self._values, self._seen = values, seen
+
+    def read(self, peers: Peers) -> Iterator[LoadedStep[Rows]]:
+        raise NotImplementedError
+
+    def load(self, peers: Peers) -> Iterator[LoadedStep[Any]]:
+        with self._seen.open("wb", buffering=0) as seen:
+            for number, value in enumerate(self._values()):
+                seen.write(b".")
+                yield LoadedStep(number, value, 0, 0)
+
+
+def loaders() -> list[int]:
+    """Return the pids of the loader processes."""
+    return [loader for server in children_of(os.getpid()) for loader in children_of(server)]
+
+
+class Unpicklable:
+    """As an object with a lock or an open file."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle 'planted' object")
+
+
+class KilledWhenPickled:
+    """Ends the process that pickles it."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "error", "text"),
+    [
+        (Unpicklable, DataError, "^TypeError: cannot pickle 'planted' object$"),
+        (KilledWhenPickled, PeerError, r"^a loader process died: pid \d+ was killed by SIGKILL$"),
+    ],
+)
+def test_a_fault_while_a_step_is_sent_ends_the_stream_at_once(
+    num_workers: int, fault: type, error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    """With its own text, and not by the watchdog's time limit: the fault could be in a thread that nobody observes."""
+    started = time.monotonic()
+    values = Values(lambda: [b"small", bytes(1_000_000), fault()], tmp_path / "seen")
+    with closing(load(values, num_workers)) as steps:
+        assert next(steps).value == b"small"
+        with pytest.raises(error, match=text):
+            list(steps)
+    assert time.monotonic() - started < 20  # with the imports of the fork server
+
+
+def test_a_process_that_is_killed_before_its_steps_are_read_ends_the_stream_at_once(tmp_path: Path) -> None:
+    """A step that waits in a full pipe would be read in part, and the rank would wait for the rest."""
+    with closing(load(Values(lambda: repeat(bytes(10_000_000)), tmp_path / "seen"), 1)) as steps:
+        next(steps)
+        (loader,) = loaders()
+        while (tmp_path / "seen").stat().st_size < 3:
+            time.sleep(0.01)
+        os.kill(loader, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(PeerError, match=f"a loader process died: pid {loader} was killed by SIGKILL"):
+            list(steps)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.timeout(60)  # a hang is what it is for
 def test_a_killed_worker_stops_the_stream(interactions: Path) -> None:
-    others = multiprocessing.active_children()
+    """Also while the rank waits for another process, which waits for a part of the killed one."""
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
     next(stream)
-    own = next(process for process in multiprocessing.active_children() if process not in others)
-    os.kill(own.pid or 0, signal.SIGKILL)
-    with pytest.raises(PeerError, match="a loader process died"):
+    killed = loaders()[1]
+    os.kill(killed, signal.SIGKILL)
+    with pytest.raises(PeerError, match=f"a loader process died: pid {killed} was killed by SIGKILL"):
         for _ in range(100):
             next(stream)
     stream.close()
 
 
-class Large(WorkerSteps[bytes]):
-    """Steps that are larger than a pipe, so that a loader process waits for its reader; `made` has a byte for each."""
+def test_a_batch_builder_that_cannot_be_sent_ends_the_stream_at_once(interactions: Path) -> None:
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=1)
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"cannot pickle '_thread\.lock' object"):
+        next(stream.map_steps(lambda rows: lock))
 
-    def __init__(self, made: Path) -> None:
-        super().__init__(bytes)
-        self._made = made
 
-    def read(self, process: int, processes: int) -> Iterator[LoadedStep[Rows]]:
-        raise NotImplementedError
+def test_the_fork_server_may_be_killed(interactions: Path) -> None:
+    """Processes that it has forked continue, and another server forks further ones."""
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=1)
+    next(stream)
+    server = next(child for child in children_of(os.getpid()) if children_of(child))
+    os.kill(server, signal.SIGKILL)
+    assert [rows.step for rows in islice(stream, 20)] == list(range(1, 21))
+    stream.close()
+    assert [rows.step for rows in steps(interactions, 3, num_workers=1)] == [0, 1, 2]
 
-    def __iter__(self) -> Iterator[Any]:
-        with self._made.open("wb", buffering=0) as made:
-            while True:
-                made.write(b".")
-                yield bytes(1_000_000)
+
+def threads_of_server(rows: Rows) -> tuple[bytes, list[str]]:
+    """Return the command line and the threads of the parent of the process that builds a step."""
+    server = Path(f"/proc/{os.getppid()}")
+    return (server / "cmdline").read_bytes(), [path.name for path in (server / "task").iterdir()]
+
+
+def test_loader_processes_are_forked_by_a_process_without_threads(interactions: Path) -> None:
+    """Locks that a thread holds during a fork stay locked in the new process, and CUDA fails in it."""
+    stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
+    with closing(stream.map_steps(threads_of_server, 4)) as made:
+        for command, threads in made:
+            assert b"fork_server" in command and len(threads) == 1
+
+
+SCRIPT = """
+import sys
+from itertools import islice
+from bigdssm.loader.stream import PairStream
+
+class Counter:
+    def __call__(self, rows):
+        return len(rows), sys.modules["__main__"].__name__, __name__
+
+stream = PairStream(sys.argv[1], rows_global=48, lanes=8, num_workers=2)
+print(list(stream.map_steps(Counter(), 2)))
+"""
+
+
+def test_a_script_needs_no_main_guard(interactions: Path, tmp_path: Path) -> None:
+    """And its own classes need no module that loader processes can import."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(interactions)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[(48, '__main__', '__main__'), (48, '__main__', '__main__')]\n", done.stderr
+    assert done.stderr == ""
 
 
 def load_and_die(folder: Path) -> None:
-    steps = load(Large(folder / "made"), 1)
+    steps = load(Values(lambda: repeat(bytes(1_000_000)), folder / "seen"), 1)
     next(steps)
-    (worker,) = multiprocessing.active_children()
-    (folder / "pid").write_text(str(worker.pid))
-    while (folder / "made").stat().st_size < 3:  # the second waits in the queue, which torch's exit flushes
+    (worker,) = loaders()
+    (folder / "pid").write_text(str(worker))
+    while (folder / "seen").stat().st_size < 3:  # the second waits until it is read
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -28,7 +28,6 @@ from bigdssm.loader.stream import PairStream
 from tests.tiny_datasets import NUM_DOCS, Writer
 
 NUMBERS = {"rows_global": 48, "lanes": 8}
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 @st.composite

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 
+from bigdssm.cluster.launcher import children_of
 from bigdssm.config import NegativesConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DataError
 from bigdssm.features.base import OUT_OF_VOCABULARY, PADDING
 from bigdssm.loader.batch import Batch, ListLengths
+from bigdssm.loader.messages import ALIGNMENT, Message
+from bigdssm.loader.order import Order
 from bigdssm.loader.stream import PairStream
 from bigdssm.losses import Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
@@ -29,7 +37,7 @@ from tests.tiny_datasets import Writer
 
 LANES, ROWS_GLOBAL = 6, 60
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # else loader processes import pytest
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,8 @@ def batches(
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
     stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, popular=5, mask=mask))
-    return read_batches(stream, BatchBuilder(stream, stage, 5, UniformNegatives(dataset.catalogue.num_docs)), CPU, num)
+    negatives = UniformNegatives(NegativeDocuments(dataset.catalogue.num_docs))
+    return read_batches(stream, BatchBuilder(stream, stage, 5, negatives), CPU, num)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "texts"])
@@ -147,7 +156,7 @@ def test_no_batch_is_built_after_the_last_requested_step(pieces: Dataset, num_wo
     made = [batch.negatives for batch in read_batches(again, make, CPU, 5)]
     assert [int((negatives >= 0).sum(dim=1).max()) for negatives in made if negatives is not None] == [1] * 5
     assert again.step == 5 and not again.counts().failed
-    make.hard_negatives = UniformNegatives(pieces.catalogue.num_docs)
+    make.hard_negatives = UniformNegatives(NegativeDocuments(pieces.catalogue.num_docs))
     assert [batch.step for batch in read_batches(again, make, CPU, 4)] == [5, 6, 7, 8]
     make.hard_negatives = first
     assert [len(batch.row_ids) for batch in read_batches(again, make, CPU, 1)] == [
@@ -175,66 +184,116 @@ def test_a_batch_that_cannot_be_built_stops_the_rank_at_its_step(pieces: Dataset
         stream.check()
 
 
+class PlantedOrder(Order):
+    """Calls `planted` before lane 0 of step 8 is read."""
+
+    planted: Callable[[], None]
+
+    def source_step(self, step: int, lane: int) -> tuple[Order, int]:
+        if (step, lane) == (8, 0):
+            self.planted()
+        return super().source_step(step, lane)
+
+
+def with_planted_order(stream: PairStream, planted: Callable[[], None]) -> PairStream:
+    stream.order.__class__ = PlantedOrder
+    stream.order.planted = planted
+    return stream
+
+
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(
-    pieces: Dataset, num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lanes_that_one_process_cannot_read_stop_the_rank_at_that_step(pieces: Dataset, num_workers: int) -> None:
     """For any process of the step: the error is sent in place of the part."""
-    from bigdssm.loader import stream as stream_module
 
-    original = stream_module.LaneReader.read_step
+    def fail() -> None:
+        raise DataError("planted")
 
-    def read_step(self: Any, step: int) -> Any:
-        if step == 8 and 0 in self._lanes:
-            raise DataError("planted")
-        return original(self, step)
-
-    monkeypatch.setattr(stream_module.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=num_workers)
-    with closing(stream.map_steps(len, 12)) as made:
+    with closing(with_planted_order(stream, fail).map_steps(len, 12)) as made:
         assert list(made) == [ROWS_GLOBAL] * 8 + [0] * 4
     with pytest.raises(DataError, match=r"rank 0 cannot read .*planted"):
         stream.check()
 
 
-def test_a_batch_travels_as_one_tensor(pieces: Dataset) -> None:
+@pytest.mark.timeout(60)  # a hang is what it is for
+def test_a_part_that_cannot_be_sent_to_another_process_stops_the_rank(pieces: Dataset) -> None:
+    """The other process waits for the part, and the rank for the other process."""
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
+
+    def fail() -> None:
+        def reduce(rows: Rows) -> Any:
+            raise TypeError("cannot pickle 'planted' object")
+
+        Rows.__reduce__ = reduce
+
+    with closing(with_planted_order(stream, fail).map_steps(len, 12)) as made:
+        assert list(made) == [ROWS_GLOBAL] * 9 + [0] * 3  # process 0 sends its part of step 9
+    with pytest.raises(DataError, match=r"rank 0 cannot read .*cannot pickle 'planted' object"):
+        stream.check()
+
+
+def test_a_batch_travels_in_one_piece_of_shared_memory(pieces: Dataset) -> None:
     """With one file of shared memory per tensor there would be 20 per batch."""
-    (batch,) = batches(pieces, 0, 1)
-    back = pickle.loads(pickle.dumps(batch))
-    assert list(values(back)) == list(values(batch))
-    assert len({tensor.untyped_storage().data_ptr() for tensor in back.tensors()}) == 1
-    assert all(tensor.data_ptr() % 8 == 0 and tensor.is_contiguous() for tensor in back.tensors())
+    (here,) = batches(pieces, 0, 1)
     (sent,) = batches(pieces, 1, 1)
-    assert all(tensor.is_shared() for tensor in sent.tensors() if tensor.nbytes)
+    assert list(values(sent)) == list(values(here))
+    before = {path.name for path in Path("/proc/self/fd").iterdir()}
+    message = Message.of(here)
+    assert len({path.name for path in Path("/proc/self/fd").iterdir()} - before) == 1
+    back = message.read()
+    assert list(values(back)) == list(values(here))
+    first, *_, last = sorted(tensor.data_ptr() for tensor in back.tensors() if tensor.nbytes)
+    assert last - first < sum(message.sizes) + ALIGNMENT * len(message.sizes)
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous() for tensor in back.tensors())
+    back.row_ids.zero_()  # writable
 
 
-def test_loader_processes_that_wait_for_each_other_end_at_once(
-    pieces: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And not after torch's timeout per process, which is a minute here."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 60)
+def test_arrays_of_files_are_mapped_by_loader_processes(tmp_path: Path) -> None:
+    """Also a part of one; their contents are not sent."""
+    path = tmp_path / "vectors.npy"
+    np.save(path, np.arange(200_000, dtype=np.int32).reshape(-1, 2))
+    mapped = np.load(path, mmap_mode="r")
+    for array in (mapped, mapped[70_000:70_100]):
+        with closing(Message.of(array, by_value=True)) as message:
+            assert sum(message.sizes) < 1000
+            copy = Message(os.dup(message.file), *message[1:]).read()
+        assert isinstance(copy, np.memmap) and not copy.flags.writeable
+        np.testing.assert_array_equal(copy, array)
+    columns = mapped[:, 1]  # not contiguous
+    np.testing.assert_array_equal(Message.of(columns, by_value=True).read(), columns)
+
+
+def test_loader_processes_share_the_memory_of_a_batch_builder(pieces: Dataset) -> None:
+    """A write to an array in one of them is its own."""
+    array = np.zeros(1_000_000)
+    stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=2)
+
+    def written(rows: Rows) -> tuple[float, int]:
+        maps = Path("/proc/self/smaps").read_text().split("memfd:bigdssm")
+        private = [int(re.search(r"Private_Dirty: +(\d+)", entry)[1]) for entry in maps[1:]]
+        value = float(array[0])
+        array[0] += 1
+        return value, max(private)
+
+    with closing(stream.map_steps(written, 6)) as made:
+        values_of_steps, private_kb = zip(*made, strict=True)
+    assert values_of_steps == (0, 0, 1, 1, 2, 2)
+    assert max(private_kb) < 1000  # of 8 MB
+
+
+def test_loader_processes_that_wait_for_each_other_end_at_once(pieces: Dataset) -> None:
     stream = PairStream(pieces, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=3)
     before = time.monotonic()
     for _ in range(3):
         with closing(stream.map_steps(len)) as made:
             assert next(made) == ROWS_GLOBAL
-    assert time.monotonic() - before < 30
+    while [loader for server in children_of(os.getpid()) for loader in children_of(server)]:
+        assert time.monotonic() - before < 10
+        time.sleep(0.05)
 
 
-def test_a_process_that_is_done_ends_when_others_have_its_parts(
-    pieces: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_is_done_ends_when_others_have_its_parts(pieces: Dataset) -> None:
     """The last part of process 1, larger than a pipe, is read a second after its iteration has ended."""
-    from bigdssm.loader import stream as stream_module
-
-    original = stream_module.LaneReader.read_step
-
-    def read_step(self: Any, step: int) -> Any:
-        if step == 2 and 0 in self._lanes:
-            time.sleep(1)
-        return original(self, step)
-
-    monkeypatch.setattr(stream_module.LaneReader, "read_step", read_step)
     stream = PairStream(pieces, rows_global=12_000, lanes=LANES, num_workers=2)
-    with closing(stream.map_steps(len, 3)) as made:
-        assert list(made) == [12_000] * 3
+    with closing(with_planted_order(stream, partial(time.sleep, 1)).map_steps(len, 9)) as made:
+        assert list(made) == [12_000] * 9

@@ -31,6 +31,7 @@ DOC = {
 }
 CONFIG = ModelConfig(
     dim=32,
+    beta="document",
     query=TowerConfig(history=Sasrec(layers=2)),
     doc=TowerConfig(text=Transformer(layers=1, hidden=32)),
 )

@@ -16,6 +16,7 @@ from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.export.convert import export, folder_source
+from bigdssm.export.formats import Probe
 from bigdssm.features.base import ITEM_ROW, OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
 from bigdssm.ingest.api import make_dataset
@@ -116,6 +117,27 @@ def test_new_items_enter_histories_by_their_content(
     features["history"] = torch.where(features["history"] == OUT_OF_VOCABULARY, 5, features["history"])
     same = np.abs(query_vectors(model, features)[0].numpy() - vectors[0]).max() < 1e-6
     assert same == (changed.model.query.history.items == "content")
+
+
+def test_a_model_folder_is_exported(path: Path, folder: ModelFolder, dataset: Dataset, tmp_path: Path) -> None:
+    source = folder_source(path)
+    before = source.model.model.set_contents(torch.zeros(1, source.model.config.model.dim))
+    parity = export(source, tmp_path / "exported")
+    assert (parity.query, parity.doc) == (0.0, 0.0) and before.shape == (1, source.model.config.model.dim)
+    assert torch.equal(source.model.model.set_contents(before), before), "contents of the probe"
+    exported = load_model_folder(tmp_path / "exported")
+    assert exported.checksum == folder.checksum
+    rows = next(folder.view(dataset).iterate("test", 20))
+    vectors = [tower_encoders(one.model, one.view(dataset)).queries(rows) for one in (exported, folder)]
+    assert torch.equal(*vectors)
+    of_probe = Probe(folder)
+    assert of_probe.features["query"][f"history.{ITEM_ROW}"].max() > 1
+    vectors_of_probe = of_probe.vectors["query"]
+    with torch.no_grad():  # the probe covers the weights of contents
+        for name, weight in folder.model.named_parameters():
+            if "content_map" in name:
+                weight *= 2
+    assert not torch.allclose(Probe(folder).vectors["query"], vectors_of_probe)
 
 
 def test_other_uses_and_exports_are_refused(path: Path, folder: ModelFolder, tmp_path: Path) -> None:

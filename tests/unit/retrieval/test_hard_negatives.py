@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.errors import DataError
 from bigdssm.features.ragged import Ragged
@@ -213,7 +214,7 @@ def test_choice_is_uniform_over_the_window() -> None:
 
 
 def test_uniform_negatives_are_a_function_of_the_query_and_the_epoch_and_come_once() -> None:
-    ids, uniform = np.arange(4000) * 1_000_003, UniformNegatives(20)
+    ids, uniform = np.arange(4000) * 1_000_003, UniformNegatives(NegativeDocuments(20))
     chosen = uniform.sample(rows_of(ids), 4, 9, 5).documents
     assert chosen.shape == (4000, 5) and chosen.dtype == np.int64
     for row in chosen[:200]:

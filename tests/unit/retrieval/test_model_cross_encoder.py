@@ -30,6 +30,7 @@ from bigdssm.serving.searcher import Searcher
 from bigdssm.sources.beir import Collection, CollectionEntry
 from bigdssm.stores.base import open_store
 from tests.conftest import TinyDataset
+from tests.tolerances import assert_scores_close
 from tests.unit.conftest import SMALL, random_model
 
 PAIRS = ("query.text.layers=1", "query.text.hidden=8")
@@ -204,7 +205,8 @@ def test_a_search_reranks_the_top_documents_of_the_index(
     on_store = Searcher(folder, StoreIndex(store, collection, store.count(collection)), pairs, rerank=5)
     for mine, other in zip(on_store.search(requests), reranked.search(requests), strict=True):
         assert [document.key for document in mine] == [document.key for document in other]
-        np.testing.assert_allclose([document.score for document in mine], [document.score for document in other], 1e-5)
+        scores = [document.score for document in other]
+        assert_scores_close([document.score for document in mine], scores, index.meta.width)
 
 
 def test_unsupported_datasets_and_scorers_are_refused(

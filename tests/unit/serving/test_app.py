@@ -44,6 +44,8 @@ from bigdssm.serving.live import AnswerCache, Batcher, Overloaded
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
 from tests.command_line import Tools
+from tests.tolerances import assert_scores_close
+from tests.unit.conftest import WIDTH
 
 fastapi = pytest.importorskip("fastapi")
 import uvicorn  # noqa: E402
@@ -93,7 +95,7 @@ def test_a_user(client: TestClient, model_dir: Path, index_dir: Path, dataset: D
     answer = client.post("/api/search", json={"user": "u7", "top": 12}).json()
     wanted = expected(model_dir, index_dir, dataset, resolve(dataset, user="u7"), 12)
     assert [entry["key"] for entry in answer["documents"]] == [key for key, _ in wanted]
-    np.testing.assert_allclose([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], rtol=1e-5)
+    assert_scores_close([entry["score"] for entry in answer["documents"]], [s for _, s in wanted], WIDTH)
     assert [entry["rank"] for entry in answer["documents"]] == list(range(1, len(wanted) + 1))
     newest = resolve(dataset, user="u7").seen[::-1][:5]
     assert answer["history"] == dataset.catalogue.titles(newest)
@@ -118,6 +120,41 @@ def test_excluded_keys_are_no_answers(client: TestClient, searcher: Searcher) ->
     for exclude, sentence in (("i3", "exclude"), ([3], "exclude"), (["x"] * 1001, "1000")):
         refused = client.post("/api/search", json={"user": "u7", "exclude": exclude})
         assert refused.status_code == 422 and sentence in refused.json()["error"], exclude
+
+
+@pytest.mark.parametrize(
+    ("events", "unknown_events"),
+    [
+        ([{"item": "i5"}, {"item": "i6"}], 0),
+        ([{"item": "i5", "time": 1.0}, {"item": "none", "time": 2.0}], 1),
+        ([], 0),
+    ],
+)
+def test_an_unknown_user_is_answered_from_the_events_of_the_request(
+    searcher: Searcher, events: list[dict[str, Any]], unknown_events: int
+) -> None:
+    assert not searcher.queries._schema.empty_histories
+    body = {"features": {"age": 30}, "exclude": ["i3"], "top": 7, "events": events}
+    named = {**body, "user": "nobody"}
+    with TestClient(make_app(searcher, has_vectors=True)) as client:
+
+        def post(path: str, content: dict[str, Any]) -> Any:
+            answer = client.post(path, json=content)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        without, unknown = post("/api/search", body), post("/api/search", named)
+        assert (without["unknown_user"], unknown["unknown_user"]) == (False, True)
+        assert unknown["unknown_events"] == without["unknown_events"] == unknown_events
+        assert unknown["documents"] == without["documents"] and len(unknown["documents"]) == 7
+        assert unknown["history"] == without["history"]
+        assert post("/api/vector", named) == post("/api/vector", body)
+        reasons = [post("/api/why", {**content, "answer": "i7"})["history"] for content in (body, named)]
+        assert reasons[0] == reasons[1] and len(reasons[0]) == len(events) - unknown_events
+        assert post("/api/search", {"user": "u7"})["unknown_user"] is False
+        assert counted(client)["bigdssm_unknown_users_total"] == 1
+        del named["events"]
+        assert client.post("/api/search", json=named).status_code == 404
 
 
 def test_an_unknown_user_is_one_without_events_if_the_model_learned_empty_histories(
@@ -296,14 +333,25 @@ def test_bad_requests_give_a_one_line_error(client: TestClient) -> None:
 
 
 def test_a_damaged_model_is_an_error_of_the_server(
-    client: TestClient, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, searcher: Searcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The log has the reason, once; the answer has no path."""
+    calls = []
+
     def damaged(*arguments: Any) -> None:
-        raise CheckpointError("rows-00000.safetensors is damaged: block 3; copy the folder again")
+        calls.append(arguments)
+        kind = CheckpointError if len(calls) < 3 else DataError
+        raise kind(f"{searcher.queries} is damaged: block {min(len(calls), 2)}; copy the folder again")
 
     monkeypatch.setattr(searcher.queries, "of", damaged)
-    response = client.post("/api/search", json={"user": "u1"})
-    assert response.status_code == 500 and "copy the folder again" in response.text
+    for _ in range(4):
+        response = client.post("/api/search", json={"user": "u1"})
+        assert response.status_code == 500
+        assert response.json() == {
+            "error": "the model, index or dataset of the server is damaged; its log has the reason"
+        }
+    assert len(calls) == 4
+    assert [caplog.text.count(f"block {block}; copy the folder again") for block in (1, 2)] == [1, 1]
 
 
 def test_others_are_answered_while_a_query_is_looked_up(searcher: Searcher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,15 +432,17 @@ def forget(paths: dict[str, Path], options: Sequence[str], *ids: str) -> None:
 def test_a_forgotten_user_has_no_answers(forgetful: tuple[Folders, dict[str, Path]]) -> None:
     """Neither cached nor new ones: the model and index stay the same, and no partition is added."""
     folders, paths = forgetful
-    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
+    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02, has_users=True)) as client:
         for _ in range(2):
             cached = client.post("/api/search", json={"user": "u7"}).json()["cached"]
-        assert cached and {"u7", "u8"} < set(client.get("/api/users").json())
+        users = client.get("/api/users").json()
+        assert cached and {"u7", "u8"} < set(users)
         forget(paths, ["data"], "--user", "u7", "--user", "u8")
         until(lambda: counted(client)["bigdssm_model_loads_total"] == 1)
         for user in ("u7", "u8"):
             assert client.post("/api/search", json={"user": user}).status_code == 404
-        assert not {"u7", "u8"} & set(client.get("/api/users").json())
+        remaining = client.get("/api/users").json()
+        assert remaining and not {"u7", "u8"} & set(remaining)
         assert client.post("/api/search", json={"user": "u9"}).status_code == 200
         time.sleep(0.3)
         assert counted(client)["bigdssm_model_loads_total"] == 1

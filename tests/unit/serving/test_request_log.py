@@ -122,7 +122,9 @@ counter = Counter("logged", "", ["result"], registry=CollectorRegistry())
 log = request_log.RequestLog(Path({str(tmp_path)!r}), 30, counter)
 for number in range(3):
     log.put(f"u{{number}}", {{}}, [], None, False)
-time.sleep(2 * request_log.FLUSH_S)
+until = time.monotonic() + 60
+while not any(path.stat().st_size for path in Path({str(tmp_path)!r}).glob("*.part")) and time.monotonic() < until:
+    time.sleep(request_log.FLUSH_S / 10)
 log.put("the last one", {{}}, [], None, False)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -243,6 +245,29 @@ def test_other_spellings_of_an_id_or_title_are_removed(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [row["filter"] for row in rows] == [None, None, None, "kind = i30", None]
     assert [row["cached"] for row in rows] == [None, None, None, False, False]
+
+
+def test_whole_values_are_removed_from_all_columns(tmp_path: Path, dataset: Dataset) -> None:
+    """Also where the request has them as features, of a query or of an event; parts of texts stay."""
+    bodies: list[dict[str, Any]] = [
+        {"user": "u1", "features": {"clicked": "i3", "friends": ["u9", "u2"], "occupation": "i3", "note": "i3 of u9"}},
+        {"user": "u1", "events": [{"item": "i4", "features": {"page": "i3"}}], "context": {"page": "i3"}},
+        {"user": "u1", "filter": "seller = u9"}, {"user": "u1", "filter": "year < 1990"},
+    ]  # fmt: skip
+    features = {"history": ["i3", "i4"], "clicked": "i3", "friends": ["u9", "u2"], "history.page": ["i3", "i4"]}
+    log = log_of(tmp_path, bodies, features=json.dumps(features))
+    forget_in_log(log, ["u9"], ["i3"], Changes(), dataset=dataset)
+    rows = rows_of(log)
+    assert [json.loads(row["body"]) for row in rows] == [
+        {"user": "u1", "features": {"clicked": None, "friends": ["u2"], "occupation": "i3", "note": "i3 of u9"}},
+        {"user": "u1", "events": [{"item": "i4", "features": {"page": None}}], "context": {"page": None}},
+        {"user": "u1", "filter": None}, bodies[3],
+    ], "the dataset has no ids as occupations"  # fmt: skip
+    assert [row["filter"] for row in rows] == [None, None, None, "year < 1990"]
+    expected = {"history": [None, "i4"], "clicked": None, "friends": [None, "u2"], "history.page": [None, "i4"]}
+    assert [json.loads(row["features"]) for row in rows] == [expected] * 4
+    for row in rows:
+        parse_request(json.loads(row["body"]))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(searcher: Searcher, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from bigdssm.retrieval.index_types import INDEX_TYPES
 from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from bigdssm.serving.searcher import Searcher
+from tests.tolerances import assert_scores_close
 from tests.unit.features.test_conditions import NAMES, NUM_DOCS, WIDTH
 
 REQUESTS = [
@@ -92,7 +93,8 @@ def test_an_index_finds_the_same_for_a_query_alone(kind: str, rescore: int) -> N
     for number in range(40):
         own_scores, own_rows = index.nearest(queries[number : number + 1], 10, "m", [excluded[number]])
         assert rows[number].tolist() == own_rows[0].tolist()
-        np.testing.assert_allclose(scores[number], own_scores[0], rtol=1e-5)
+        scale = float((np.abs(vectors) @ np.abs(queries[number])).max())
+        assert_scores_close(scores[number], own_scores[0], WIDTH, scale)
 
 
 @pytest.mark.parametrize("tower", ["query.onnx", "query.int8.onnx"])

@@ -15,7 +15,8 @@ import pytest
 
 from bigdssm.errors import DataError
 from bigdssm.features import Numeric, Vector
-from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, times, value_lists
+from bigdssm.features.columns import RowCheck, SourceBatch, relevances, strings, value_lists
+from bigdssm.features.times import TimeRule, times
 from bigdssm.sources.beir import read_collection, texts_and_metadata
 from bigdssm.sources.opening import read_table
 from bigdssm.sources.text import record_batch
@@ -257,7 +258,7 @@ def test_times_are_numbers_or_iso_8601() -> None:
     check = check_of(
         ["881250949", "1997-12-04T15:55:49", "1997-12-04T15:55:49Z", "1997-12-04T17:55:49+02:00", "?"], bad
     )
-    assert times(check, "x")[:4].tolist() == [881250949.0] * 4
+    assert times(check, "x", TimeRule()).values[:4].tolist() == [881250949.0] * 4
     assert check.good.tolist() == [True] * 4 + [False] and "'?'" in bad.seen[0][1]
 
 

@@ -26,6 +26,7 @@ import pytest
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.commands import publish as publish_command
 from bigdssm.dataset.dataset import Dataset
+from bigdssm.dataset.stamps import FIRST_STAMP
 from bigdssm.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from bigdssm.features.base import encode_values
 from bigdssm.features.conditions import Condition, parse_filter, resolve
@@ -41,6 +42,7 @@ from bigdssm.stores import postgres, qdrant
 from bigdssm.stores.base import STORES, Collection, Documents, Store, open_named, open_store
 from tests.filters import FEATURES, random_filter, random_rows
 from tests.postgres import Server, running_server
+from tests.tolerances import assert_scores_close
 
 # The planner would scan a small table
 INDEX_ALONE = "&options=" + "%20".join(f"-cenable_{plan}%3Doff" for plan in ("seqscan", "bitmapscan", "sort"))
@@ -139,7 +141,7 @@ class Shop:
         write_meta(folder, VectorsMeta("vectors", model, fingerprint, number, WIDTH, score="dot"))
         columns = {name: encode_values(f, [row[name] for row in self.rows], None) for name, f in FEATURES.items()}
         dataset = SimpleNamespace(
-            fingerprint=fingerprint, extents=[SimpleNamespace(partitions=self.version)], dir=folder,
+            fingerprint=fingerprint, stamp=FIRST_STAMP + self.version, dir=folder,
             catalogue=SimpleNamespace(
                 filterable=FEATURES, column=lambda name, rows: take(columns[name], rows), withdrawn=np.zeros(0, int),
                 keys=lambda rows: [keys[row] for row in rows.tolist()],
@@ -202,7 +204,8 @@ def test_a_collection_answers_with_the_inner_products_of_its_folder(
             order = np.argsort(-scores)[: min(7, int(np.isfinite(scores).sum()))]
             assert [document.key for document in result] == [keys[row] for row in order]
             assert [document.title for document in result] == [titles[row] for row in order]
-            np.testing.assert_allclose([document.score for document in result], scores[order], rtol=1e-5)
+            scale = float((np.abs(vectors) @ np.abs(query)).max())
+            assert_scores_close([document.score for document in result], scores[order], vectors.shape[1], scale)
     found = store.vectors(collection, [keys[5], "none", keys[2]])
     assert {key: title for key, (title, _) in found.items()} == {keys[row]: titles[row] for row in (5, 2)}
     for row in (5, 2):
@@ -382,7 +385,8 @@ def test_an_earlier_version_is_refused(store: Store, tmp_path: Path) -> None:
     earlier = shop.save(tmp_path / "earlier")
     shop.change()
     publish(store, *shop.save(tmp_path / "later"), "shop")
-    with pytest.raises(DataError, match=r"has version 2 of the dataset, .*earlier is of version 1: newer documents"):
+    refused = r"published from a dataset of 1973-03-03 .*earlier is an earlier one of 1973-03-03 .*; publish the later"
+    with pytest.raises(DataError, match=refused):
         publish(store, *earlier, "shop")
     with pytest.raises(CheckpointError, match="vectors of dataset fingerprint"):
         publish(store, earlier[0], shop.save(tmp_path / "again")[1], "shop")
@@ -793,7 +797,8 @@ def test_wide_vectors_are_indexed_in_half_precision_and_rescored(postgres_store:
         assert index in definitions if index else definitions is None
         (result,) = postgres_store.search(collection, vectors[7:8], 20)
         expected = np.sort(vectors @ vectors[7])[::-1][:20]
-        np.testing.assert_allclose([document.score for document in result], expected, rtol=1e-5)
+        scale = float((np.abs(vectors) @ np.abs(vectors[7])).max())
+        assert_scores_close([document.score for document in result], expected, width, scale)
         postgres_store.drop("big")
 
 

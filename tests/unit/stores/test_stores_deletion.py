@@ -195,15 +195,17 @@ def test_a_document_that_was_withdrawn_before_leaves_no_byte(server: Server, tmp
     assert record["found"] == 0 and not files_with(server, store, [SECRET.encode()])
 
 
-def test_a_late_publisher_does_not_lower_the_version(server: Server, tmp_path: Path) -> None:
+def test_a_late_publisher_does_not_lower_the_publication(server: Server, tmp_path: Path) -> None:
     """Its lock is lost if the server restarts."""
     store, shop = open_store(server.new_database()), Shop.new(Random(0), 9)
-    shop.version = 2
-    collection = publish(store, *shop.save(tmp_path / "v"), "first").collection
-    store.finish(replace(collection, version=1))
-    assert store.collection("first").version == 2
-    store.finish(replace(collection, version=3))
-    assert store.collection("first").version == 3
+    saved = shop.save(tmp_path / "v")
+    late = publish(store, *saved, "first").collection
+    collection = publish(store, *saved, "first").collection
+    assert (late.publication, collection.publication) == (1, 2)
+    store.finish(late)
+    assert store.collection("first").publication == 2
+    store.finish(replace(collection, publication=3))
+    assert store.collection("first").publication == 3
 
 
 def test_rows_that_a_transaction_may_still_read_are_no_success(

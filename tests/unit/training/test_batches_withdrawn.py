@@ -17,6 +17,7 @@ import torch
 from bigdssm import make_dataset
 from bigdssm.config import Config, NegativesConfig, SourceConfig, StageConfig
 from bigdssm.dataset.dataset import Dataset, open_dataset
+from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.errors import DataError
 from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.loader.stream import PairStream
@@ -78,7 +79,7 @@ def test_uniform_and_catalogue_negatives(smaller: Dataset, world_size: int) -> N
     assert sorted(set(shares)) == sorted(shares) and set(shares) <= set(AVAILABLE)
     assert set(AVAILABLE) <= set(shares) and positives & set(GONE), "rows of withdrawn items are still learned"
     rows = next(smaller.iterate("train", 400))
-    sampled = UniformNegatives(NUM_ITEMS, smaller.catalogue.withdrawn).sample(rows, 0, 1, 9).documents
+    sampled = UniformNegatives(NegativeDocuments.of(smaller, id_dropout=0)).sample(rows, 0, 1, 9).documents
     assert sorted(set(sampled.ravel().tolist())) == [-1, *AVAILABLE]
 
 

@@ -112,7 +112,11 @@ def test_an_index_takes_the_share_of_the_documents_vectors_again(
     tiny_interactions: TinyDataset, world_size: int
 ) -> None:
     def highest(exact_up_to: int) -> int:
-        mines = "pretrain={loss: {name: pair_ce}, negatives: {hard: 2, in_batch: false}}", "pretrain.rows_global=24"
+        mines = (
+            "pretrain={loss: {name: pair_ce}, negatives: {hard: 2, in_batch: false}}",
+            "pretrain.rows_global=24",
+            "model.beta=document",
+        )
         limit = f"pretrain.negatives.mining.exact_up_to={exact_up_to}"
         return of(tiny_interactions, *mines, limit, world_size=world_size).phases["validation, mining"]
 

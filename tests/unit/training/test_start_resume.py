@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parents[3]
 RULES = {
     "may": (
         "run.dir", "run.trackers", "data.dir", "data.filter", "data.tokenizer", "data.targets_per_row",
-        "data.num_workers", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes", "engine", "debug",
-        "pretrain.validate_every_steps", "pretrain.patience", "pretrain.save_every_steps",
+        "data.num_workers", "data.time_unit", "data.max_bad_fraction", "data.cache_dir", "data.cache_bytes",
+        "engine", "debug", "pretrain.validate_every_steps", "pretrain.patience", "pretrain.save_every_steps",
         "pretrain.save_every_minutes", "pretrain.keep_checkpoints", "pretrain.log_every_steps",
         "pretrain.max_skipped_steps", "sft",
     ),
     "longer": ("pretrain.epochs", "pretrain.steps"),
     "segment": (
         "data.from_partition", "data.mixture", "data.mixture_batches", "pretrain.optimizer.lr",
-        "pretrain.table_optimizer.lr",
+        "pretrain.table_optimizer.lr", "pretrain.optimizer.continue_lr_ratio",
     ),
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ from bigdssm.training.validation import BestSelection, Validator
 ITEMS, GHOSTS, USERS = [f"i{n}" for n in range(12)], ["g0", "g1"], 20
 CONFIG: dict[str, Any] = {
     "data": {
+        "time_unit": "s",
         "lanes": 2, "query": {"past": {"type": "history", "of": "item_id", "max_items": 4}},
         "doc": {"item_id": {"type": "categorical"}, "price": {"type": "numeric"}},
     },
@@ -224,6 +225,7 @@ def test_items_without_events_are_in_the_answers_of_the_evening(tmp_path: Path) 
     """A user buys items of one kind: the first six answers are its five known items and the new one."""
     kinds, per_kind = "abc", 5
     content = {**CONFIG, "run": {"dir": str(tmp_path / "run"), "trackers": []}, "data": {
+        "time_unit": "s",
         **CONFIG["data"], "dir": str(tmp_path / "data"), "exclude_seen": False,
         "doc": {"item_id": {"type": "categorical"}, "kind": {"type": "categorical"}},
     }}  # fmt: skip

@@ -97,11 +97,24 @@ def test_excess_columns_of_a_wide_table_are_unchanged(config: Config, dataset: D
 def test_invalid_warm_starts_are_refused(tiny_interactions: Any, tiny_pairs: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pretrain.warm_start.window: got 3, needs 0: rows of .* have no hist"):
         check_stage(load_config(tiny_pairs.config, ["pretrain.warm_start.window=3"]), "pretrain", 1)
-    overrides = ["sft.loss.name=fps", "sft.warm_start.window=3", f"sft.init={tmp_path}"]
     with pytest.raises(ConfigError, match="window=17: needs at least 1 and at most 16 events"):
         Transitions.of(Dataset.open(tiny_interactions.dir), 17)
-    with pytest.raises(ConfigError, match=r"sft.warm_start.window: got 3, needs 0: sft starts from .*have been train"):
-        check_stage(load_config(tiny_interactions.config, overrides), "sft", 1)
+
+
+def test_a_model_that_is_loaded_keeps_its_tables(
+    tiny_interactions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A night continues from yesterday's model with the config of the first one, whose warm start has no effect."""
+    options = ["run.trackers=[]", "pretrain.warm_start.window=3", "pretrain.epochs=0", "pretrain.steps=1"]
+    first = bigdssm.pretrain(tiny_interactions.config, [*options, f"run.dir={tmp_path / 'first'}"])
+    monkeypatch.setattr("bigdssm.training.stages.initialize_item_embeddings", None)
+    still = ["pretrain.optimizer.lr=1.0e-9", f"pretrain.init={first.best}", f"run.dir={tmp_path / 'night'}"]
+    with caplog.at_level("INFO"):
+        night = bigdssm.pretrain(tiny_interactions.config, [*options, *still])
+    tables = [dict(load_model_folder(run.best).model.named_parameters())[NAME] for run in (first, night)]
+    torch.testing.assert_close(tables[1], tables[0], rtol=0, atol=1e-7)
+    note = f"pretrain.warm_start.window has no effect: pretrain starts from {first.best}"
+    assert sum(note in record.message for record in caplog.records) == 1
 
 
 def test_a_warm_started_run_resumes_from_its_checkpoint(
