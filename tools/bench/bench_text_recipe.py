@@ -306,6 +306,7 @@ RECIPES = {
     "lr-1e-4-epochs-2": Recipe(epochs=2.0),
     "rows-512": Recipe(lr=2e-4, rows=512),
     "rows-512-epochs-2": Recipe(lr=2e-4, epochs=2.0, rows=512),
+    "rows-512-epochs-1": Recipe(lr=2e-4, epochs=1.0, rows=512),
 }
 
 if __name__ == "__main__":
