@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -75,7 +75,7 @@ class Age(Feature):
     def probe(self, random: np.random.RandomState, rows: int, docs: Mapping[str, Feature]) -> Column:
         """Return times of two years, a fifth of them unknown."""
         seconds = PROBE_START - random.randint(0, 2 * 365 * 86_400, rows)
-        return cast(np.ndarray, np.where(random.rand(rows) < 0.2, UNKNOWN_TIME, seconds * MICROSECONDS))
+        return np.where(random.rand(rows) < 0.2, UNKNOWN_TIME, seconds * MICROSECONDS)
 
     def describe(self, vocab_size: int) -> str:
         """Return the number of periods."""

@@ -1,8 +1,8 @@
 """The age of documents in the score of a dual encoder.
 
 Both vectors have 2 K further dimensions, of K periods with angular frequencies ω. Those of a document with arrival time
-t are cos(ω t) and sin(ω t). Those of a query at time s are amplitudes a and b, a linear map of its vector, rotated by
-ω s, so that their product is a function of the age s − t alone:
+t are cos(ω t) and sin(ω t). Those of a query at time s are learned amplitudes a and b, rotated by ω s, so that their
+product is a function of the age s − t alone:
 
     Σ_k a_k cos(ω_k (s − t)) + b_k sin(ω_k (s − t))
 
@@ -24,28 +24,29 @@ DOCUMENT_NORM = 0.25
 
 
 class AgeCoordinates(nn.Module):
-    """The dimensions of age of document and query vectors; see the module."""
+    """The dimensions of age of document and query vectors; see the module.
 
-    def __init__(self, dim: int, periods: int) -> None:
-        """dim: width of the query vector that the amplitudes are a map of."""
+    All queries have the same amplitudes: with those of a linear map of the query's vector, the model memorized which
+    items arrived together.
+    """
+
+    def __init__(self, periods: int) -> None:
         super().__init__()
         self.periods = periods
         self.scale = DOCUMENT_NORM / periods**0.5
-        self.amplitudes = nn.Linear(dim, 2 * periods)
-        nn.init.zeros_(self.amplitudes.weight)  # age has no effect at first
-        nn.init.zeros_(self.amplitudes.bias)
+        self.amplitudes = nn.Parameter(torch.zeros(2 * periods))  # age has no effect at first
 
-    def of_documents(self, arrivals: Tensor) -> Tensor:
-        """Return float32 [n, 2 K] for arrival times int64 [n], microseconds; zeros for an unknown time."""
-        angle = self._angle(arrivals)
-        return _unless_unknown(self.scale * torch.cat([angle.cos(), angle.sin()], dim=1), arrivals)
-
-    def of_queries(self, vectors: Tensor, times: Tensor) -> Tensor:
-        """Return float32 [m, 2 K] for query vectors [m, D] and their times, as `of_documents`."""
+    def forward(self, times: Tensor) -> Tensor:
+        """Return float32 [m, 2 K] for times of queries int64 [m], microseconds; zeros for an unknown time."""
         angle = self._angle(times)
-        a, b = (self.amplitudes(vectors).float() / self.scale).chunk(2, dim=1)
+        a, b = (self.amplitudes.float() / self.scale).chunk(2)
         cos, sin = angle.cos(), angle.sin()
         return _unless_unknown(torch.cat([a * cos + b * sin, a * sin - b * cos], dim=1), times)
+
+    def of_documents(self, arrivals: Tensor) -> Tensor:
+        """Return float32 [n, 2 K] for times of arrival int64 [n], as `forward`."""
+        angle = self._angle(arrivals)
+        return _unless_unknown(self.scale * torch.cat([angle.cos(), angle.sin()], dim=1), arrivals)
 
     def _angle(self, times: Tensor) -> Tensor:
         return time_angle(times, self.periods, SHORTEST, LONGEST)

@@ -116,7 +116,7 @@ def position_angle(position: Tensor, number: int) -> Tensor:
     return position.unsqueeze(-1) * frequency
 
 
-def time_angle(time: Tensor, number: int, shortest: int = SHORTEST_PERIOD, longest: int = LONGEST_PERIOD) -> Tensor:
+def time_angle(time: Tensor, number: int, shortest: float = SHORTEST_PERIOD, longest: float = LONGEST_PERIOD) -> Tensor:
     """Return the phases of times, int64 microseconds, in `number` periods: float32 [.., number], exact in int64."""
     exponent = torch.arange(number, device=time.device, dtype=torch.float64) / max(number - 1, 1)
     period = (shortest * (longest / shortest) ** exponent).long()

@@ -227,7 +227,7 @@ class DualEncoder(nn.Module):
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         self.age: AgeCoordinates | None = None
         if age is not None:
-            self.age = AgeCoordinates(self.tower_dim, age.periods)
+            self.age = AgeCoordinates(age.periods)
             self._age_features = age.name, f"{REQUEST_PREFIX}{timestamp_of(schema.event)}"
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.scorer = None if scorer is None else scorer.build(config, schema, texts)
@@ -297,7 +297,7 @@ class DualEncoder(nn.Module):
             U = self._normalized(self.query_tower(query, query_positions))
             if self.age is not None:
                 times = cast(Tensor, query[self._age_features[1]])[: U.shape[0]]  # a dummy chunk has no queries
-                U = torch.cat([U, self.age.of_queries(U, times).to(U.dtype)], dim=1)
+                U = torch.cat([U, self.age(times).to(U.dtype)], dim=1)
         if doc is not None:
             output = self.doc_tower(doc)
             W = self._normalized(output)

@@ -264,7 +264,7 @@ BUGS = [
         "if not given:", "if True:",
         f"{UNIT}/dataset/test_negatives.py::test_columns_of_the_batch"),
     # Contents of items are those of weights that have been trained.
-    Bug("age", "an_age_depends_on_the_date", "models.age:AgeCoordinates.of_queries",
+    Bug("age", "an_age_depends_on_the_date", "models.age:AgeCoordinates.forward",
         "a * sin - b * cos", "a * sin + b * cos",
         f"{UNIT}/models/test_age.py::test_the_product_depends_on_the_age_alone"),
     Bug("age", "an_unknown_time_has_an_age", "models.age:_unless_unknown",

@@ -96,14 +96,14 @@ def model(config: Config, dataset: Dataset, folder: Path) -> ModelFolder:
     return load_model_folder(folder / "model")
 
 
-def of_age(model: ModelFolder, vectors: torch.Tensor, times: np.ndarray) -> np.ndarray:
-    """Return the part of the score of each query with vector [m, D] and each item that depends on its age, [m, N]."""
+def of_age(model: ModelFolder, times: np.ndarray) -> np.ndarray:
+    """Return the part of the score of queries at `times` and each item that depends on its age, [m, N]."""
     module = model.model.age
     assert module is not None
-    a, b = module.amplitudes(vectors[:, :D]).detach().double().numpy().reshape(-1, 2, K).swapaxes(0, 1)
+    a, b = module.amplitudes.detach().double().numpy().reshape(2, K)
     arrivals = np.array([np.nan if time is None else time for time in ARRIVALS])
     turns = (times[:, None] - arrivals)[:, :, None] / PERIODS
-    terms = a[:, None] * np.cos(2 * math.pi * turns) + b[:, None] * np.sin(2 * math.pi * turns)
+    terms = a * np.cos(2 * math.pi * turns) + b * np.sin(2 * math.pi * turns)
     return np.nan_to_num(terms.sum(axis=2))
 
 
@@ -123,7 +123,7 @@ def test_the_scores_of_evaluation_are_those_of_the_formula(model: ModelFolder, d
     assert len(np.unique(times)) > 10
     no_age = torch.cat([queries[:, :D], queries[:, -1:]], 1) @ torch.cat([documents[:, :D], documents[:, -1:]], 1).T
     found = (queries @ documents.T - no_age).double().numpy() / model.alpha
-    expected = of_age(model, queries, times)[:, items_of(dataset)]
+    expected = of_age(model, times)[:, items_of(dataset)]
     assert np.abs(expected).max() > 0.5 and (expected == 0).any()
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
@@ -141,7 +141,7 @@ def test_each_negative_of_a_batch_has_its_age_at_the_time_of_each_query(
     times = batch.query["request.when"].double().numpy() / 1e6
     found = (encoded.U[:, D:] @ encoded.W[:, D:].T).double().numpy()
     items = items_of(dataset)[batch.doc_rows.numpy()]
-    np.testing.assert_allclose(found, of_age(model, encoded.U, times)[:, items], atol=2e-4)
+    np.testing.assert_allclose(found, of_age(model, times)[:, items], atol=2e-4)
 
 
 def test_a_search_scores_the_age_at_its_time_with_an_index_that_never_changes(
@@ -154,9 +154,7 @@ def test_a_search_scores_the_age_at_its_time_with_an_index_that_never_changes(
     requests = [Request(user="u3", now=time, top=NUM_ITEMS) for time in times]
     answers = [{answer.key: answer.score for answer in result} for result in searcher.search(requests)]
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == NUM_ITEMS
-    vectors = torch.from_numpy(searcher.encode([searcher.queries.of(request) for request in requests]))
-    assert torch.equal(vectors[0, :D], vectors[1, :D])  # no other input has the time
-    before, after = of_age(model, vectors, np.array(times))
+    before, after = of_age(model, np.array(times))
     assert np.abs(after - before).max() > 0.5
     for n in range(NUM_ITEMS):
         expected = model.alpha * (after[n] - before[n])
@@ -165,14 +163,13 @@ def test_a_search_scores_the_age_at_its_time_with_an_index_that_never_changes(
 
 def test_the_product_depends_on_the_age_alone() -> None:
     torch.manual_seed(0)
-    module = AgeCoordinates(D, 16)
-    torch.nn.init.normal_(module.amplitudes.weight)
-    vectors = torch.randn(50, D)
+    module = AgeCoordinates(16)
+    torch.nn.init.normal_(module.amplitudes)
     ages = torch.arange(50) * 3 * DAY * 1_000_000
     arrivals = torch.full((50,), START * 1_000_000)
     products = []
     for shift in (0, 12_345_678_901_234, -7 * DAY * 1_000_000):
-        of_query = module.of_queries(vectors, arrivals + ages + shift)
+        of_query = module(arrivals + ages + shift)
         products.append((of_query * module.of_documents(arrivals + shift)).sum(dim=1))
     assert products[0].std() > 1
     torch.testing.assert_close(products[1], products[0], atol=1e-4, rtol=0)
@@ -180,10 +177,10 @@ def test_the_product_depends_on_the_age_alone() -> None:
 
 
 def test_an_unknown_time_adds_nothing() -> None:
-    module = AgeCoordinates(D, K)
-    torch.nn.init.normal_(module.amplitudes.weight)
+    module = AgeCoordinates(K)
+    torch.nn.init.normal_(module.amplitudes)
     times = torch.tensor([UNKNOWN_TIME, START * 1_000_000])
-    for coordinates in (module.of_documents(times), module.of_queries(torch.ones(2, D), times)):
+    for coordinates in (module.of_documents(times), module(times)):
         assert (coordinates[0] == 0).all() and (coordinates[1] != 0).any()
 
 
@@ -194,8 +191,8 @@ def test_age_has_no_effect_before_training(config: Config, dataset: Dataset) -> 
 
 
 def test_similar_documents_are_not_those_of_the_same_age() -> None:
-    """The norm of the coordinates is small beside that of an item's vector."""
-    coordinates = AgeCoordinates(D, 16).of_documents(torch.arange(5) * DAY * 1_000_000)
+    """The norm of the coordinates is small compared with that of an item's vector."""
+    coordinates = AgeCoordinates(16).of_documents(torch.arange(5) * DAY * 1_000_000)
     assert coordinates.norm(dim=1).tolist() == pytest.approx([0.25] * 5)
 
 
