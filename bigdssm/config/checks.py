@@ -16,7 +16,7 @@ from bigdssm.config.keys import (
     TowerConfig,
 )
 from bigdssm.errors import ConfigError
-from bigdssm.features import FIRST_CODE, Timestamp, texts_of
+from bigdssm.features import FIRST_CODE, Timestamp, age_of, texts_of
 from bigdssm.features.base import filterable
 from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
@@ -114,6 +114,21 @@ def check_config(config: Config) -> None:
         )  # fmt: skip
     wrong = sorted(set(data.request) & set(sessions))
     require(not wrong, "data.request", ", ".join(wrong), "features that are inputs of a model, not sessions")
+    age = age_of(data.doc)
+    if age is not None:
+        key = "data.doc with a feature of type age"
+        requested = [name for name in data.request if isinstance(data.event.get(name), Timestamp)]
+        require_all(
+            (
+                bool(requested), key, f"data.request={list(data.request)}",
+                "a feature of data.event of type timestamp in it",
+            ),
+            (model.score == "dot", "model.score", model.score, "dot with a feature of data.doc of type age"),
+            (
+                model.dim > age.width, "model.dim", model.dim,
+                f"more than {age.width}, of which data.doc has two for each period of its feature of type age",
+            ),
+        )  # fmt: skip
     if data.event:
         needed = "a query feature of type history, which reads the events"
         require(bool(histories), "data.event", list(data.event), needed)
@@ -226,6 +241,7 @@ def _check_stage(name: StageName, config: Config) -> None:
     both = (documents.model is None) == (documents.vectors is None)
     fixed = f"with {name}.documents.model, whose document tower is not trained"
     is_trained = documents.model is None
+    of_age = age_of(data.doc) is not None
     fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
     has_norms = loss.norm_penalty == 0 or model.score != "cosine"
     require_all(
@@ -242,6 +258,10 @@ def _check_stage(name: StageName, config: Config) -> None:
             "0 with model.query.history.items=id: histories read no contents",
         ),
         (fit, f"{key}.widths", list(widths), f"distinct numbers from 1 to {model.dim - 1}, below model.dim"),
+        (
+            not (widths and of_age), f"{key}.widths", list(widths),
+            "none with a feature of data.doc of type age: its dimensions are the last ones",
+        ),
         (has_norms, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1"),
         (
             loss.relative or stage.scorer is not None or model.beta == "scalar", "model.beta", model.beta,

@@ -11,6 +11,7 @@ from bigdssm.features.base import (
     register,
 )
 from bigdssm.features.categorical import Categorical
+from bigdssm.features.document_age import Age, age_of
 from bigdssm.features.event_time import CalendarTime, Elapsed, EventTime, Session, Timestamp, timestamp_of
 from bigdssm.features.history import History, histories_of, item_codes, stored_features
 from bigdssm.features.numeric import Numeric
@@ -24,6 +25,7 @@ __all__ = [
     "FIRST_CODE",
     "OUT_OF_VOCABULARY",
     "PADDING",
+    "Age",
     "CalendarTime",
     "Categorical",
     "Column",
@@ -40,6 +42,7 @@ __all__ = [
     "Timestamp",
     "Vector",
     "Vocabulary",
+    "age_of",
     "encode_columns",
     "encode_values",
     "histories_of",

@@ -107,6 +107,15 @@ def times(check: RowCheck, name: str, rule: TimeRule) -> Times:
     Numbers are in the unit of the rule; dates, timestamps and ISO 8601 texts (without a time zone: UTC) are converted.
     """
     array = check.column(name)
+    values, is_date = _read_times(check, name, rule)
+    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO-8601 time", array)
+    check.fail(~is_date & ~rule.accepts(values), f"{name} is {{}}, needs {rule.needed}", array)
+    return Times(values, is_date)
+
+
+def _read_times(check: RowCheck, name: str, rule: TimeRule) -> tuple[np.ndarray, np.ndarray]:
+    """Return a time column, float64 in the unit of the rule, and the mask of dates; missing and unreadable: NaN."""
+    array = check.column(name)
     if pa.types.is_timestamp(array.type) or pa.types.is_date(array.type):
         values = seconds_of(array, rule.per_second)
         is_date = np.ones(len(values), bool)
@@ -117,9 +126,22 @@ def times(check: RowCheck, name: str, rule: TimeRule) -> Times:
         values = values.copy()  # Arrow's memory is read-only
         for i in np.flatnonzero(is_date).tolist():
             values[i] = _parse_iso(str(array[i].as_py()), rule.per_second)
-    check.fail(~np.isfinite(values), f"{name} is {{}}, needs a number or an ISO-8601 time", array)
-    check.fail(~is_date & ~rule.accepts(values), f"{name} is {{}}, needs {rule.needed}", array)
-    return Times(values, is_date)
+    return values, is_date
+
+
+def times_or_missing(check: RowCheck, name: str, rule: TimeRule) -> np.ndarray:
+    """Return a time column, float64 in the unit of the rule, as `times`; missing and invalid times are NaN.
+
+    Invalid ones are reported.
+    """
+    array = check.column(name)
+    if pa.types.is_null(array.type):
+        return np.full(len(array), np.nan)
+    values, is_date = _read_times(check, name, rule)
+    is_unreadable = is_date & np.isnan(values) & array.is_valid().to_numpy(zero_copy_only=False)
+    wrong = is_unreadable | (~np.isnan(values) & ~rule.accepts(values))
+    check.blank(wrong, f"{name} is {{}}, needs {rule.needed}", array)
+    return np.where(wrong, np.nan, values)
 
 
 def parse_time(value: float | str | date, rule: TimeRule) -> tuple[float, bool]:

@@ -116,10 +116,10 @@ def position_angle(position: Tensor, number: int) -> Tensor:
     return position.unsqueeze(-1) * frequency
 
 
-def time_angle(time: Tensor, number: int) -> Tensor:
-    """Return the angles of rotary embeddings by times, int64 microseconds: their phases, exact in int64."""
+def time_angle(time: Tensor, number: int, shortest: float = SHORTEST_PERIOD, longest: float = LONGEST_PERIOD) -> Tensor:
+    """Return the phases of times, int64 microseconds, in `number` periods: float32 [.., number], exact in int64."""
     exponent = torch.arange(number, device=time.device, dtype=torch.float64) / max(number - 1, 1)
-    period = (SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** exponent).long()
+    period = (shortest * (longest / shortest) ** exponent).long()
     return (time.unsqueeze(-1) % period).float() * (2 * math.pi / period.float())
 
 

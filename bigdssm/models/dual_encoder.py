@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import PADDING, Categorical, Feature, histories_of, texts_of, timestamp_of
+from bigdssm.features import PADDING, Age, Categorical, Feature, age_of, histories_of, texts_of, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
+from bigdssm.models.age import AgeCoordinates
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
 from bigdssm.models.encoders import (
     BuildContext,
@@ -75,10 +76,11 @@ class Tower(nn.Module):
                 f"needs one of {list(widths)}"
             )
         if self.residual is not None and widths[self.residual] != dim:
+            of_age = f" has {dim} without the {context.age_dim} of age" if context.age_dim else ""
             raise ConfigError(
                 f"model.{context.side}.residual={self.residual} has width {widths[self.residual]}, but "
-                f"model.dim={dim}; set both to the same (embedding_dim of model.doc for categorical features and "
-                f"histories)"
+                f"model.dim={dim + context.age_dim}{of_age}; set both to the same (embedding_dim of model.doc for "
+                f"categorical features and histories)"
             )
         width = request_dim + sum(width for name, width in widths.items() if name != self.residual)
         if self.residual_limit is not None:
@@ -181,10 +183,12 @@ class Encoded(NamedTuple):
 class DualEncoder(nn.Module):
     """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document or as a scalar.
 
-    Weights are new, with `pretrained` except those of pretrained folders in `config`; `texts` are the architectures of
-    the text encoders, by `text_keys`; `dense` are embedding tables that are not sharded. `scorer` replaces or extends
-    the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013 (DSSM);
-    Radford et al. 2021 (CLIP) for the learned scale.
+    The last dimensions of both vectors are those of age, if a document feature is of this type (`models.age`).
+
+    Weights are new, with `pretrained` except those of pretrained folders in `config`; `texts` are the architectures
+    of the text encoders, by `text_keys`; `dense` are embedding tables that are not sharded. `scorer` replaces or
+    extends the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013
+    (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
     """
 
     def __init__(
@@ -208,16 +212,23 @@ class DualEncoder(nn.Module):
                 for key, text in configs.items()
             }
         )
+        age = age_of(schema.doc)
+        self.tower_dim = config.dim if age is None else config.dim - age.width
+        doc_features = {name: feature for name, feature in schema.doc.items() if not isinstance(feature, Age)}
         if not schema.siamese:
-            self.query_tower = Tower(schema.query, self._build_context("query", keys.get("query")), config.dim)
-        self.doc_tower = Tower(schema.doc, self._build_context("doc", keys.get("doc")), config.dim)
+            self.query_tower = Tower(schema.query, self._build_context("query", keys.get("query")), self.tower_dim)
+        self.doc_tower = Tower(doc_features, self._build_context("doc", keys.get("doc")), self.tower_dim)
         if schema.siamese:  # a plain attribute: parameters and state have the tower once
             object.__setattr__(self, "query_tower", self.doc_tower)
         self.beta_head: nn.Linear | None = None
         if config.beta == "document":
-            self.beta_head = nn.Linear(config.dim, 1, bias=False)  # a common bias has no gradient in a softmax
+            self.beta_head = nn.Linear(self.tower_dim, 1, bias=False)  # a common bias has no gradient in a softmax
             nn.init.zeros_(self.beta_head.weight)
         self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
+        self.age: AgeCoordinates | None = None
+        if age is not None:
+            self.age = AgeCoordinates(age.periods)
+            self._age_features = age.name, f"{REQUEST_PREFIX}{timestamp_of(schema.event)}"
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
         self.scorer = None if scorer is None else scorer.build(config, schema, texts)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
@@ -284,9 +295,15 @@ class DualEncoder(nn.Module):
         U = W = beta = scores = None
         if query is not None:
             U = self._normalized(self.query_tower(query, query_positions))
+            if self.age is not None:
+                times = cast(Tensor, query[self._age_features[1]])[: U.shape[0]]  # a dummy chunk has no queries
+                U = torch.cat([U, self.age(times).to(U.dtype)], dim=1)
         if doc is not None:
             output = self.doc_tower(doc)
             W = self._normalized(output)
+            if self.age is not None:
+                arrivals = cast(Tensor, doc[self._age_features[0]])
+                W = torch.cat([W, self.age.of_documents(arrivals).to(W.dtype)], dim=1)
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
             elif self.beta is not None:
@@ -357,7 +374,8 @@ class DualEncoder(nn.Module):
             request,
             time=time,
             request_time=time in of_request,
-            content_dim=self.config.dim,
+            content_dim=self.tower_dim,
+            age_dim=self.config.dim - self.tower_dim,
         )
 
 

@@ -105,13 +105,14 @@ def encode_features(
 def item_contents(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Tensor:
     """Return the contents of all items, float32 [1 + N, D]: the document tower's vectors, with unknown ids.
 
-    The first row is zero. With a process group a call is a collective.
+    They have no dimensions of age. The first row is zero. With a process group a call is a collective.
     """
-    unknown = cast(DualEncoder, getattr(model, "module", model)).content_ids
+    towers = cast(DualEncoder, getattr(model, "module", model))
+    unknown = towers.content_ids
 
     def vectors(features: dict[str, Values]) -> Tensor:
         ids = {name: torch.full_like(cast(Tensor, features[name]), OUT_OF_VOCABULARY) for name in unknown}
-        return tower_output(model, "doc", {**features, **ids}).float()
+        return tower_output(model, "doc", {**features, **ids})[:, : towers.tower_dim].float()
 
     contents = encode_whole_catalogue(model, dataset, dataset.schema.doc, vectors, device)
     return torch.cat([contents.new_zeros(1, contents.shape[1]), contents])

@@ -309,8 +309,8 @@ def estimate(
     saved = in_tables + trained + states + (trained if stage.weight_average else 0)
     of_catalogue: dict[str, int] = {}
     if model.content_ids:
-        of_catalogue["contents of items"] = FP32 * num_docs * config.model.dim
-        saved += num_docs * config.model.dim
+        of_catalogue["contents of items"] = FP32 * num_docs * model.tower_dim
+        saved += num_docs * model.tower_dim
     if batch.stale is not None:
         text_widths = model.doc_tower.text_widths
         num_stale, vectors_width = len(batch.doc_ids) - batch.num_fresh, sum(text_widths.values())

@@ -77,10 +77,10 @@ def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
 
     random = np.random.RandomState(0)
     genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
-    items = ["item_id\ttitle\tgenre"]
+    items = ["item_id\ttitle\tgenre\tarrived"]
     for item in range(NUM_ITEMS):
         words = " ".join(f"word{w}" for w in random.randint(0, 20, 1 + item % 4))
-        items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all")
+        items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all\t{86_400 * (item * 7 % 40)}")
     users = ["user_id\tage\tgender"] + [f"u{u}\t{20 + u % 40}\t{'MF'[u % 2]}" for u in range(NUM_USERS)]
     events = ["user_id\titem_id\ttimestamp\taction\tprice"]
     for user in range(NUM_USERS):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
@@ -217,3 +218,17 @@ def test_options_incompatible_with_several_queries_are_refused(case: str, config
     overrides, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         check_stage(load_config(config, [*overrides, f"run.dir={tmp_path}"]), "pretrain", 1)
+
+
+@pytest.mark.slow
+def test_ages_change_with_no_number_of_ranks_under_zero_3(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config = small_run.write_dataset(tmp_path, (*PIECES, "data.doc.arrival={type: age, column: arrived, periods: 4}",
+                                                "model.score=dot", "model.dim=24"))  # fmt: skip
+    said = ("pretrain.steps=4", "pretrain.negatives.mask=past")
+    pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
+    more = ("engine.chunk_tokens=100", "engine.zero_stage=3")
+    pools[2].run(small_run.run, config, tmp_path / "two", (*said, *more))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    amplitudes = [load_model_folder(tmp_path / name / "pretrain/best").model.age.amplitudes for name in ("one", "two")]  # type: ignore[union-attr]
+    assert amplitudes[0].abs().max() > 1e-3
+    torch.testing.assert_close(amplitudes[1], amplitudes[0], rtol=0, atol=1e-4)

@@ -108,6 +108,7 @@ class BuildContext:
     time: str | None = None  # name of the feature of events that is their time, which is not in `event`
     request_time: bool = False  # whether queries have it, too
     content_dim: int = 0  # width of the contents of items, vectors of documents
+    age_dim: int = 0  # of model.dim, the dimensions that the towers do not have
 
 
 def checked_output(part: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:
