@@ -70,17 +70,21 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_dataset(folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Make the tables, the config (with `overrides`) and the dataset in `folder`; return the config's path."""
+def write_dataset(folder: Path, overrides: Sequence[str] = (), *, with_arrivals: bool = False) -> Path:
+    """Make the tables, the config (with `overrides`) and the dataset in `folder`; return the config's path.
+
+    with_arrivals: items have a column `arrived`, over 40 days.
+    """
     from bigdssm.ingest.interactions import InteractionTables, make_interactions
     from bigdssm.ingest.job import IngestTarget
 
     random = np.random.RandomState(0)
     genre_of = random.randint(0, NUM_GENRES, NUM_ITEMS)
-    items = ["item_id\ttitle\tgenre\tarrived"]
+    items = ["item_id\ttitle\tgenre" + "\tarrived" * with_arrivals]
     for item in range(NUM_ITEMS):
         words = " ".join(f"word{w}" for w in random.randint(0, 20, 1 + item % 4))
-        items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all\t{86_400 * (item * 7 % 40)}")
+        arrival = f"\t{86_400 * (item * 7 % 40)}" * with_arrivals
+        items.append(f"i{item}\t{words} number {item}\tg{genre_of[item]} all{arrival}")
     users = ["user_id\tage\tgender"] + [f"u{u}\t{20 + u % 40}\t{'MF'[u % 2]}" for u in range(NUM_USERS)]
     events = ["user_id\titem_id\ttimestamp\taction\tprice"]
     for user in range(NUM_USERS):

@@ -222,8 +222,8 @@ def test_options_incompatible_with_several_queries_are_refused(case: str, config
 
 @pytest.mark.slow
 def test_ages_change_with_no_number_of_ranks_under_zero_3(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    config = small_run.write_dataset(tmp_path, (*PIECES, "data.doc.arrival={type: age, column: arrived, periods: 4}",
-                                                "model.score=dot", "model.dim=24"))  # fmt: skip
+    age = ("data.doc.arrival={type: age, column: arrived, periods: 4}", "model.score=dot", "model.dim=24")
+    config = small_run.write_dataset(tmp_path, (*PIECES, *age), with_arrivals=True)
     said = ("pretrain.steps=4", "pretrain.negatives.mask=past")
     pools[1].run(small_run.run, config, tmp_path / "one", (*said, "engine.chunk_tokens=0"))
     more = ("engine.chunk_tokens=100", "engine.zero_stage=3")
