@@ -1604,7 +1604,7 @@ BUGS = [
     Bug("times", "declared_unit_not_compared", "ingest.times:record_times",
         "check_declared(parts, rule.unit, where)", "pass",
         f"{UNIT}/ingest/test_times.py::test_values_that_contradict_a_declared_unit"),
-    Bug("times", "dates_in_seconds", "features.times:times",
+    Bug("times", "dates_in_seconds", "features.times:_read_times",
         "seconds_of(array, rule.per_second)", "seconds_of(array)",
         f"{UNIT}/ingest/test_times.py::test_dates_have_the_unit_of_their_type"),
     Bug("events", "events_before_the_stored_ones", "retrieval.queries:Queries._events",
