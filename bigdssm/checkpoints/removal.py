@@ -32,6 +32,7 @@ from bigdssm.config import load_written_config
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError
 from bigdssm.features.categorical import FIRST_CODE, Categorical, categorical_of
+from bigdssm.features.history import histories_of
 from bigdssm.models.embedding_tables import table_name
 from bigdssm.tables.files import holds_rows, write_without
 from bigdssm.utils.atomic import Changes, write_json
@@ -136,6 +137,10 @@ def _rows_of_tables(folder: Path, codes: Codes) -> dict[str, np.ndarray]:
             continue
         table = table_name("doc" if config.data.siamese else side, name)
         rows[table] = np.union1d(rows.get(table, side_codes), side_codes)
+    if config.model.query.history.transition is not None:
+        for name, history in histories_of(config.data.query).items():
+            if (of_items := rows.get(table_name("doc", str(history.of)))) is not None:
+                rows[table_name("query", name)] = of_items
     return rows
 
 

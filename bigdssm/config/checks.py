@@ -144,6 +144,13 @@ def check_config(config: Config) -> None:
             bool(ids) and set(data.doc) > ids, "model.query.history.items", model.query.history.items,
             "id without a history, and another feature of data.doc, which is an item's content",
         )  # fmt: skip
+    transition = model.query.history.transition
+    if transition is not None:
+        actions = [name for name, f in categorical_of(data.event).items() if not f.multi and not f.hash_buckets]
+        require(
+            bool(histories) and transition in actions, "model.query.history.transition", transition,
+            f"a query feature of type history, and a categorical feature of data.event with a vocabulary, of {actions}",
+        )  # fmt: skip
     _check_tables(config)
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:
@@ -173,6 +180,14 @@ def _check_funnel(data: DataConfig) -> None:
             "at least one value, and each once, from the first step to the last",
         ),
     )  # fmt: skip
+
+
+def _can_start_from_chain(config: Config) -> bool:
+    """Return whether both towers add transitions and items, whose products a chain has, to their other outputs."""
+    model, histories = config.model, histories_of(config.data.query)
+    if model.query.history.transition is None or model.query.residual not in histories or len(histories) > 1:
+        return False
+    return model.score == "dot" and model.doc.residual == histories[model.query.residual].of
 
 
 def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
@@ -248,6 +263,11 @@ def _check_stage(name: StageName, config: Config) -> None:
         (stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0"),
         (stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null"),
         (both, f"{name}.documents", vectors, "both, or neither"),
+        (
+            not stage.warm_start.chain or _can_start_from_chain(config), f"{name}.warm_start.chain", True,
+            "model.query.history.transition, model.query.residual (the history), model.doc.residual (its items) "
+            "and model.score=dot",
+        ),
         (is_trained or not data.siamese, "data.siamese", data.siamese, f"false {fixed}"),
         (is_trained or data.webdataset is None, "data.webdataset", data.webdataset, f"null {fixed}"),
         (is_trained or not model.share_text, "model.share_text", model.share_text, f"false {fixed}"),

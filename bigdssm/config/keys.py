@@ -240,6 +240,10 @@ class HistoryEncoderConfig(Component):
     # vector for it with an unknown id; or the sum of both. Contents have no gradient; they are computed for the whole
     # catalogue every STAGE.refresh_contents_every_steps.
     items: Literal["id", "content", "both"] = "id"
+    # Categorical feature of events, such as an action: the vector of a history has, in addition, a vector of the newest
+    # event's item and of its value of this feature, as in factorized Markov chains. It needs a table of its own.
+    transition: str | None = None
+    transition_dropout: float = bounded(0.4, 0, below=1)  # on this vector
 
     @property
     def allows_many_queries(self) -> bool:
@@ -400,10 +404,14 @@ class NegativesConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Initialization of a new model's item table from item co-occurrence in histories (training/warm_start.py)."""
+    """Initialization of a new model's item tables from the events of histories (training/warm_start.py)."""
 
     window: int = bounded(0, 0, 16)  # maximum distance of events, weighted by 1 / distance; 0: random initialization
     length: float = bounded(0.6, at_most=1000, above=0)  # root mean square of the vectors
+    # With model.query.history.transition: documents and transitions start from a factorized Markov chain, which is
+    # trained on counts alone.
+    chain: bool = False
+    half_life_days: float = bounded(30.0, 0, MAX_COUNT)  # of an event in the chain; 0: events do not age
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ is a step's working set in training (the batch then has positions in it for code
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,24 @@ class RowLookup(Protocol):
         """Return vectors [*rows.shape, E] of rows int64, zeros for row 0."""
 
 
+class TransitionTable(NamedTuple):
+    """A table with a vector per item, and one more per item and value of a feature of events, side by side in a row."""
+
+    item: str  # document feature, whose codes are the rows
+    rows: int
+    dim: int  # of a vector
+    num_values: int
+
+    @property
+    def width(self) -> int:
+        """Return the width of a row."""
+        return (1 + self.num_values) * self.dim
+
+
 class EmbeddingTables(nn.Module):
     """The tables of all categorical features of both sides; a history uses the table of its items.
+
+    A history with `transition` has a table of its own in addition, see `TransitionTable`.
 
     Shapes: R rows, K values or items, E table width.
     """
@@ -45,6 +61,9 @@ class EmbeddingTables(nn.Module):
         for side, feature in _features_with_tables(schema):
             if (name := table_name(side, feature.name)) not in self.sharded:
                 self.tables[name] = _table(feature.num_codes, config.tower(side).embedding_dim)
+        self.transitions = transition_tables(schema, config)
+        for name, table in self.transitions.items():
+            self.tables[name] = _transitions(table)
 
     def grow(self, schema: Schema) -> dict[str, tuple[int, int]]:
         """Extend the tables to the vocabularies of `schema`; return (rows before, now) by extended table."""
@@ -63,6 +82,15 @@ class EmbeddingTables(nn.Module):
                 with torch.no_grad():
                     table.weight[: old.num_embeddings] = old.weight
                 grown[name] = (old.num_embeddings, feature.num_codes)
+        self.transitions = transition_tables(schema, self._config)
+        for name, transitions in self.transitions.items():
+            old = cast(nn.Embedding, self.tables[name])
+            if old.weight.shape != (transitions.rows, transitions.width):
+                table = self.tables[name] = _transitions(transitions)
+                table.weight.requires_grad_(old.weight.requires_grad)
+                with torch.no_grad():
+                    table.weight[: old.num_embeddings, : old.embedding_dim] = old.weight
+                grown[name] = (old.num_embeddings, transitions.rows)
         return grown
 
     @torch.no_grad()
@@ -91,6 +119,20 @@ class EmbeddingTables(nn.Module):
 def table_name(side: str, name: str) -> str:
     """Return the name of the table of a feature; `side` is query, doc or event."""
     return f"{side}_{name}"
+
+
+def transition_tables(schema: Schema, config: ModelConfig) -> dict[str, TransitionTable]:
+    """Return the tables of transitions by name: one per history if `model.query.history.transition` is set."""
+    feature = config.query.history.transition
+    if feature is None:
+        return {}
+    num_values, dim = schema.event[feature].num_codes, config.doc.embedding_dim
+    return {
+        table_name("query", name): TransitionTable(
+            str(history.of), schema.doc[str(history.of)].num_codes, dim, num_values
+        )
+        for name, history in histories_of(schema.query).items()
+    }
 
 
 def sharded_tables(schema: Schema, config: ModelConfig, existing: Collection[str] = ()) -> dict[str, TableSpec]:
@@ -143,3 +185,11 @@ def _table(num_codes: int, dim: int) -> nn.Embedding:
         table.weight.normal_(std=INIT_STD)
         table.weight[PADDING].zero_()
     return table
+
+
+def _transitions(table: TransitionTable) -> nn.Embedding:
+    """Return new transitions: the same for all values of the feature."""
+    weights = _table(table.rows, table.width)
+    with torch.no_grad():
+        weights.weight[:, table.dim :].zero_()
+    return weights

@@ -192,7 +192,8 @@ def model_difference(trained: Config, config: Config, omitted: tuple[str, ...] =
         model = declared.to_dict()["model"]
         for side in ("query", "doc"):
             for section in (model[side], model[side]["history"], model[side]["text"]):
-                section.pop("dropout"), section.pop("item_dropout", None)
+                for key in ("dropout", "item_dropout", "transition_dropout"):
+                    section.pop(key, None)
         return {key: value for key, value in model.items() if key not in omitted}
 
     return first_difference(shape(trained), shape(config), "model")

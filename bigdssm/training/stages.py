@@ -51,6 +51,7 @@ from bigdssm.retrieval.vectors import open_vectors
 from bigdssm.tables.files import MappedTables, load_tables
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
+from bigdssm.training.chain_start import initialize_from_chain
 from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference
 from bigdssm.training.engine import (
     Engine,
@@ -119,7 +120,7 @@ def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool)
         raise ConfigError(f"{source} was trained with another model section: {difference}; use the same in this config")
     # a loaded model retains its own settings of training
     changes = differences(loaded.config.to_dict()["model"], config.to_dict()["model"], "model")
-    settings = ("dropout", "item_dropout", "alpha_learned")
+    settings = ("dropout", "item_dropout", "transition_dropout", "alpha_learned")
     retained = [f"{key}={was} (not {now})" for key, was, now in changes if key.rpartition(".")[2] in settings]
     if retained:
         logger.warning("%s keeps the settings of %s: %s", name, source, ", ".join(retained))
@@ -193,8 +194,11 @@ def build_trainer(
             here = "stored as they are trained" if spec.is_keyed else f"up to {share} here"
             logger.info("table %s: %d rows of width %d sharded over the ranks, %s, in %s memory",
                         spec.name, spec.stored_rows, spec.dim, here, memory)  # fmt: skip
-    if read is None and stage.warm_start.window and config.initial_model(name) is None:
-        initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
+    if read is None and config.initial_model(name) is None:
+        if stage.warm_start.chain:
+            initialize_from_chain(model, dataset.whole, stage.warm_start, config.run.seed)
+        elif stage.warm_start.window:
+            initialize_item_embeddings(model, dataset.whole, stage.warm_start, tables)
     engine = Engine(model, engine_config, stage.optimizer, max(1, stage.rows_global // world_size), tables)
     frozen = frozen_checksum(model)
     if start.checkpoint is not None and start.same_segment and frozen != start.checkpoint.state["frozen"]:
@@ -431,7 +435,9 @@ def run_stage(
                 return None
             after.enter_context(lock)
             store = after.enter_context(CheckpointStore(folder / CHECKPOINTS, stage_config.keep_checkpoints))
-            start = limit_ids(stream, find_start(config, name, store, stream, resume), initial)
+            start = limit_ids(
+                stream, find_start(config, name, store, stream, resume), initial, model.tables.transitions
+            )
             if distributed.is_main():
                 folder.mkdir(parents=True, exist_ok=True)
                 atomic.write_text(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))

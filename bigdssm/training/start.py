@@ -38,7 +38,7 @@ from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.categorical import categorical_of
 from bigdssm.loader.stream import RowStream
 from bigdssm.models import DualEncoder
-from bigdssm.models.embedding_tables import table_name
+from bigdssm.models.embedding_tables import TransitionTable, table_name
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.utils.components import RESUME, ResumeRule
 from bigdssm.utils.log import get_logger, metric_label
@@ -191,10 +191,13 @@ def find_start(config: Config, name: StageName, store: CheckpointStore, stream: 
     return StartPoint(run_id, progress, checkpoint, same_segment, best_is_start=best_is_start)
 
 
-def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> StartPoint:
+def limit_ids(
+    stream: RowStream, start: StartPoint, initial: Schema | None, transitions: Mapping[str, TransitionTable]
+) -> StartPoint:
     """Make the ids without a positive event in this run's training unknown to `stream`; return `start` with new codes.
 
-    initial: schema of the model that the stage starts from. All ranks must call it.
+    initial: schema of the model that the stage starts from; transitions: tables of its model that have rows of items,
+    too. All ranks must call it.
     """
     dataset = stream.dataset
     if stream.inline or dataset.schema.siamese:  # without counts; queries are documents, too
@@ -212,6 +215,7 @@ def limit_ids(stream: RowStream, start: StartPoint, initial: Schema | None) -> S
         table_name("doc", name): feature.newly_trained(before[name])
         for name, feature in categorical_of(stream.dataset.schema.doc).items()
     }
+    codes |= {name: codes[table_name("doc", table.item)] for name, table in transitions.items()}
     return replace(start, new_codes={table: new for table, new in codes.items() if len(new)})
 
 

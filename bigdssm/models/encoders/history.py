@@ -55,7 +55,9 @@ class HistoryEncoder(Encoder):
     with the depth.
     With times=rotary, attention depends on the time between two events, and in the last layer on that between request
     and event.
-    Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; see `blocks` for the layers.
+    With `transition`, a vector of the newest event's item and action is added to the output.
+    Source: Kang and McAuley 2018 (SASRec); Raffel et al. 2020 (T5) for shared biases; Rendle et al. 2010 (FPMC) for
+    transitions; see `blocks` for the layers.
     """
 
     contents: Tensor  # of items
@@ -108,6 +110,14 @@ class HistoryEncoder(Encoder):
         self.layers = nn.ModuleList(config.build(dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self._eager_in_training = False
+        if config.transition is not None and self.table in context.tables.sharded:
+            raise ConfigError(
+                f"model.query.history.transition={config.transition}: the table of doc.{feature.of} is sharded; set "
+                "model.tables.replicated"
+            )
+        self.transition = config.transition
+        self.transition_table = table_name("query", feature.name)
+        self.transition_dropout = nn.Dropout(config.transition_dropout)
 
     def inputs(self, name: str, features: Mapping[str, Values]) -> HistoryInputs | Values:
         """Return the items of the history `name`, with the features of its events and the request, if any."""
@@ -178,7 +188,36 @@ class HistoryEncoder(Encoder):
             vectors = self._packed(items, added, inputs, query_positions)
         else:
             vectors = self._padded(items, added, inputs, query_positions)
-        return cast(Tensor, self.norm(vectors))
+        vectors = self.norm(vectors)
+        if self.transition is not None:
+            actions = features[list(self.event).index(f"of_{self.transition}")]
+            vectors = vectors + self._transitions(inputs.items, actions, query_positions).to(vectors.dtype)
+        return cast(Tensor, vectors)
+
+    def _transitions(self, items: Values, actions: Tensor, query_positions: QueryPositions | None) -> Tensor:
+        """Return the vectors [m, E] of the newest items and their actions; zeros for empty histories.
+
+        actions: codes of `transition`, as the items.
+        """
+        if isinstance(items, Packed):
+            codes, length_R, first_R = items.values, items.lengths, items.bounds.offsets[:-1].long()
+        else:
+            num_rows, num_items = items.shape
+            codes, length_R = items.flatten(), (items != PADDING).sum(dim=1)
+            first_R = num_items * torch.arange(num_rows, device=items.device)
+        if query_positions is None:
+            prefix_length, first = length_R, first_R
+        else:
+            prefix_length, first = query_positions.prefix_length, first_R[query_positions.row]
+        # a first value of PADDING is the event of empty histories
+        newest = torch.where(prefix_length > 0, first + prefix_length, 0)
+        item = nn.functional.pad(codes, (1, 0), value=PADDING)[newest]
+        action = nn.functional.pad(actions.flatten(), (1, 0), value=PADDING)[newest]
+        # shape[0], not len(): an export would fix the number of rows
+        number = item.shape[0]
+        rows = self._tables[0].look_up(self.transition_table, item).view(number, -1, self.dim)
+        of_action = rows[torch.arange(number, device=item.device), 1 + action]
+        return cast(Tensor, self.transition_dropout(rows[:, 0] + of_action))
 
     def _padded(
         self, items_RT: Tensor, added: Tensor | None, inputs: HistoryInputs, query_positions: QueryPositions | None
