@@ -34,6 +34,7 @@ EVENT = (
 PIECES = (
     "data.targets_per_row=4", "model.query.history.positions=relative", "model.query.history.times=rotary",
     f"data.event={EVENT}", "data.request=[action,gap,when,hour]", "data.empty_histories=true",
+    "model.query.history.transition=action", "model.query.history.transition_dropout=0",
 )  # fmt: skip
 
 

@@ -215,7 +215,7 @@ class HistoryEncoder(Encoder):
         action = nn.functional.pad(actions.flatten(), (1, 0), value=PADDING)[newest]
         # shape[0], not len(): an export would fix the number of rows
         number = item.shape[0]
-        rows = self._tables[0].look_up(self.transition_table, item).view(number, -1, self.dim)
+        rows = self._tables[0].look_up(self.transition_table, item).unflatten(-1, (-1, self.dim))
         of_action = rows[torch.arange(number, device=item.device), 1 + action]
         return cast(Tensor, self.transition_dropout(rows[:, 0] + of_action))
 
