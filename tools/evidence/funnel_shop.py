@@ -3,9 +3,9 @@
     python -m tools.evidence.funnel_shop --out FOLDER [--seed 0] [--users 3000] [--days 90]
 
 Writes `events.parquet` (user_id, item_id, timestamp, event_type, device), `items.parquet` (item_id, category, brand,
-price, available_from: one row per version), `withdrawn.csv` (item_id) and `oracle.parquet` (user_id, item_id, timestamp
-and the rank of the product by the oracle, of the first event of each product in a visit), and prints the metrics of the
-oracle on purchases of the last three days.
+price, available_from, arrived: one row per version), `withdrawn.csv` (item_id) and `oracle.parquet` (user_id, item_id,
+timestamp and the rank of the product by the oracle, of the first event of each product in a visit), and prints the
+metrics of the oracle on purchases of the last three days.
 
 Each user has a budget, favourite brands, and current categories, which drift. A visit has a device and one to eight
 products. The next product is, by the shares of SOURCES, similar to the last one (a list of the last product's own), an
@@ -288,16 +288,17 @@ def _visit(
         users.purchased[visitors[who]] = True
 
 
-def main() -> None:
-    """Generate a shop."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--users", type=int, default=3000)
-    parser.add_argument("--days", type=int, default=90)
-    args = parser.parse_args()
-    events, ranks, shop, versions = generate(args.seed, args.users, args.days)
-    args.out.mkdir(parents=True, exist_ok=True)
+def arrival_times(shop: Shop, seed: int) -> np.ndarray:
+    """Return the arrivals of products, seconds since 1970; those of the first day arrived in the two years before."""
+    random = np.random.default_rng([seed, 1])  # of its own: events do not depend on it
+    before = random.integers(1, 730 * DAY, len(shop.arrival))
+    return np.where(shop.arrival > 0, START + shop.arrival * DAY, START - before)
+
+
+def write_shop(folder: Path, seed: int, users: int, days: int) -> None:
+    """Generate a shop, write its tables to `folder`, and print its figures and the oracle's."""
+    events, ranks, shop, versions = generate(seed, users, days)
+    folder.mkdir(parents=True, exist_ok=True)
     table = {
         "user_id": [f"u{user}" for user in events["user"]],
         "item_id": [f"i{item}" for item in events["item"]],
@@ -305,7 +306,7 @@ def main() -> None:
         "event_type": np.array(ACTIONS)[events["action"]],
         "device": np.array(DEVICES)[events["device"]],
     }
-    pq.write_table(pa.table(table), args.out / "events.parquet")
+    pq.write_table(pa.table(table), folder / "events.parquet")
     product, day, log_price = map(np.array, zip(*versions, strict=True))
     items = {
         "item_id": [f"i{number}" for number in product],
@@ -313,10 +314,11 @@ def main() -> None:
         "brand": [f"b{number}" for number in shop.brand[product]],
         "price": np.exp(log_price).round(2),
         "available_from": START + day * DAY,
+        "arrived": arrival_times(shop, seed)[product],
     }
-    pq.write_table(pa.table(items), args.out / "items.parquet")
+    pq.write_table(pa.table(items), folder / "items.parquet")
     withdrawn = [f"i{number}\n" for number in np.flatnonzero(shop.withdrawn)]
-    (args.out / "withdrawn.csv").write_text("item_id\n" + "".join(withdrawn), encoding="utf-8")
+    (folder / "withdrawn.csv").write_text("item_id\n" + "".join(withdrawn), encoding="utf-8")
     of_oracle = {
         "user_id": [f"u{user}" for user in ranks["user"]],
         "item_id": [f"i{item}" for item in ranks["item"]],
@@ -324,9 +326,9 @@ def main() -> None:
         "action": np.array(ACTIONS)[ranks["action"]],
         "rank": ranks["rank"],
     }
-    pq.write_table(pa.table(of_oracle), args.out / "oracle.parquet")
+    pq.write_table(pa.table(of_oracle), folder / "oracle.parquet")
 
-    is_last = ranks["time"] >= START + (args.days - 3) * DAY
+    is_last = ranks["time"] >= START + (days - 3) * DAY
     bought = is_last & (ranks["action"] == PURCHASE)
     new = shop.arrival[ranks["item"]] > (ranks["time"] - START) // DAY - NEW_DAYS
     counts = np.bincount(events["action"], minlength=3)
@@ -336,6 +338,17 @@ def main() -> None:
         rank = ranks["rank"][group]
         ndcg = np.where(rank < RANKED, 1 / np.log2(rank + 2.0), 0.0).mean()
         print(f"oracle, {name}: HR@10 {(rank < RANKED).mean():.3f}, NDCG@10 {ndcg:.3f}")
+
+
+def main() -> None:
+    """Generate a shop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--users", type=int, default=3000)
+    parser.add_argument("--days", type=int, default=90)
+    args = parser.parse_args()
+    write_shop(args.out, args.seed, args.users, args.days)
 
 
 if __name__ == "__main__":
