@@ -1,4 +1,4 @@
-"""Compare a model that is trained anew each night with the shop's own chain, on days of the generated shop.
+"""Compare a model that is trained from scratch each night with the shop's own chain, on days of the generated shop.
 
     python -m tools.evidence.funnel_days CONFIG [key=value …] --out FOLDER --seeds 2 3 4 [--split test]
 
