@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,7 @@ class Shop:
         """Return the overrides of a run on a dataset."""
         return [*self.overrides, f"data.dir={self.folder / name}", "run.trackers=[]"]
 
-    def make_dataset(self, name: str, since: int, until: int, **options: object) -> None:
+    def make_dataset(self, name: str, since: int, until: int, **options: Any) -> None:
         """Make or extend a dataset by the events and versions of the days from `since` on, before `until`."""
 
         def of_days(file: str, column: str) -> pd.DataFrame:
@@ -126,9 +127,9 @@ def compare(shop: Shop, name: str, split: str) -> tuple[System, System, dict[str
     return model, chain, groups, night_s
 
 
-def figures(model: System, chain: System, groups: dict[str, np.ndarray]) -> dict[str, dict[str, object]]:
+def figures(model: System, chain: System, groups: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return number, means and paired differences by group."""
-    result: dict[str, dict[str, object]] = {}
+    result: dict[str, Any] = {}
     for name, rows in groups.items():
         of_model, of_chain = model.of_slice(rows), chain.of_slice(rows)
         result[name] = {"requests": int(rows.sum())}
@@ -143,20 +144,17 @@ def figures(model: System, chain: System, groups: dict[str, np.ndarray]) -> dict
     return result
 
 
-def pool(
-    seeds: Sequence[tuple[System, System, dict[str, np.ndarray]]],
-) -> tuple[System, System, dict[str, np.ndarray]]:
-    """Return the systems and groups of all seeds as one, with distinct users per seed."""
-    users = np.concatenate([model.query_ids + (nth << 40) for nth, (model, _, _) in enumerate(seeds)])
-    systems = []
-    for which in (0, 1):
-        values = {name: np.concatenate([seed[which].values[name] for seed in seeds]) for name in METRICS}
-        systems.append(System(seeds[0][which].name, values, 0.0, query_ids=users))
-    groups = {name: np.concatenate([seed[2][name] for seed in seeds]) for name in GROUPS}
-    return systems[0], systems[1], groups
+def pooled(systems: Sequence[System]) -> System:
+    """Return the systems of all seeds as one, with distinct users per seed."""
+    users = []
+    for nth, system in enumerate(systems):
+        assert system.query_ids is not None
+        users.append(system.query_ids + (nth << 40))
+    values = {metric: np.concatenate([system.values[metric] for system in systems]) for metric in METRICS}
+    return System(systems[0].name, values, 0.0, query_ids=np.concatenate(users))
 
 
-def print_table(of_groups: dict[str, dict[str, object]]) -> None:
+def print_table(of_groups: dict[str, Any]) -> None:
     """Print one line per group: requests, then per metric the model, the chain, and their difference."""
     for name, of_group in of_groups.items():
         parts = [f"  {name:27} {of_group['requests']:6}"]
@@ -178,19 +176,22 @@ def main() -> int:
     parser.add_argument("--name", default="nights", help="of the datasets and models in the folder of each shop")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args()
-    results = {}
-    pooled: list[tuple[System, System, dict[str, np.ndarray]]] = []
+    results: dict[str, Any] = {}
+    models, chains, groups_of_seed = [], [], []
     for seed in args.seeds:
         folder = args.out / f"seed-{seed}"
         if not (folder / "events.parquet").exists():
             funnel_shop.write_shop(folder, seed=seed, users=3000, days=DAYS)
         shop = Shop(folder, args.config, tuple(args.overrides))
         model, chain, groups, night_s = compare(shop, args.name, args.split)
-        pooled.append((model, chain, groups))
+        models.append(model)
+        chains.append(chain)
+        groups_of_seed.append(groups)
         print(f"seed {seed}: a night {night_s:.0f} CPU-s; chain: {chain.options}")
         results[str(seed)] = {"night_s": night_s, "chain": chain.options, "groups": figures(model, chain, groups)}
         print_table(results[str(seed)]["groups"])
-        results["all"] = {"groups": figures(*pool(pooled))}
+        of_all = {name: np.concatenate([groups[name] for groups in groups_of_seed]) for name in GROUPS}
+        results["all"] = {"groups": figures(pooled(models), pooled(chains), of_all)}
         path = args.out / f"{args.name}-{args.split}.json"
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("all seeds")
