@@ -8,7 +8,7 @@ import logging
 import math
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -127,6 +127,19 @@ def raise_together(error: BigDSSMError | None, group: Group | None = None) -> No
     for other, message in enumerate(messages):
         if message is not None:
             raise PeerError(f"rank {other} stopped: {message}")
+
+
+def computed_on_main(compute: Callable[[], T]) -> T:
+    """Return the picklable result of `compute` on rank 0, on every rank. Raises its BigDSSMError on every rank."""
+    result: T | None = None
+    error: BigDSSMError | None = None
+    if is_main():
+        try:
+            result = compute()
+        except BigDSSMError as failed:
+            error = failed
+    raise_together(error)
+    return cast(T, broadcast_object(result))
 
 
 class SharedStore:

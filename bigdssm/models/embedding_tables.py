@@ -77,19 +77,13 @@ class EmbeddingTables(nn.Module):
                 continue
             old = cast(nn.Embedding, self.tables[name])
             if old.num_embeddings < feature.num_codes:
-                table = self.tables[name] = _table(feature.num_codes, old.embedding_dim)
-                table.weight.requires_grad_(old.weight.requires_grad)
-                with torch.no_grad():
-                    table.weight[: old.num_embeddings] = old.weight
+                self.tables[name] = _extended(old, _table(feature.num_codes, old.embedding_dim))
                 grown[name] = (old.num_embeddings, feature.num_codes)
         self.transitions = transition_tables(schema, self._config)
         for name, transitions in self.transitions.items():
             old = cast(nn.Embedding, self.tables[name])
             if old.weight.shape != (transitions.rows, transitions.width):
-                table = self.tables[name] = _transitions(transitions)
-                table.weight.requires_grad_(old.weight.requires_grad)
-                with torch.no_grad():
-                    table.weight[: old.num_embeddings, : old.embedding_dim] = old.weight
+                self.tables[name] = _extended(old, _transitions(transitions))
                 grown[name] = (old.num_embeddings, transitions.rows)
         return grown
 
@@ -185,6 +179,14 @@ def _table(num_codes: int, dim: int) -> nn.Embedding:
         table.weight.normal_(std=INIT_STD)
         table.weight[PADDING].zero_()
     return table
+
+
+def _extended(old: nn.Embedding, new: nn.Embedding) -> nn.Embedding:
+    """Return the larger table `new` with the weights of `old` in its first rows and columns, trained as `old` is."""
+    new.weight.requires_grad_(old.weight.requires_grad)
+    with torch.no_grad():
+        new.weight[: old.num_embeddings, : old.embedding_dim] = old.weight
+    return new
 
 
 def _transitions(table: TransitionTable) -> nn.Embedding:

@@ -24,7 +24,7 @@ from bigdssm import distributed
 from bigdssm.config import WarmStartConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import QUERIES_AT_ONCE
-from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.errors import DataError
 from bigdssm.evaluation.chains import LastItems
 from bigdssm.evaluation.counted_events import request_days
 from bigdssm.features.history import item_codes
@@ -68,17 +68,12 @@ def initialize_from_chain(model: DualEncoder, dataset: Dataset, config: WarmStar
     feature = str(model.config.query.history.transition)
     dropout = model.config.query.history.transition_dropout
     (name, table), *_ = model.tables.transitions.items()
-    result: tuple[Counts, ChainVectors] | None = None
-    error: BigDSSMError | None = None
-    if distributed.is_main():
-        try:
-            counts = count_followers(dataset, table, feature, config.half_life_days)
-            result = counts, fitted_chain(counts, table, dropout, seed, has_bias=model.beta_head is not None)
-        except BigDSSMError as failed:
-            error = failed
-    distributed.raise_together(error)
-    counts, vectors = cast(tuple[Counts, ChainVectors], distributed.broadcast_object(result))
 
+    def compute() -> tuple[Counts, ChainVectors]:
+        counts = count_followers(dataset, table, feature, config.half_life_days)
+        return counts, fitted_chain(counts, table, dropout, seed, has_bias=model.beta_head is not None)
+
+    counts, vectors = distributed.computed_on_main(compute)
     alpha = model.config.alpha_init
     documents = cast(nn.Embedding, model.tables.tables[table_name("doc", table.item)])
     transitions = cast(nn.Embedding, model.tables.tables[name])

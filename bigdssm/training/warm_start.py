@@ -16,7 +16,7 @@ from bigdssm import distributed
 from bigdssm.config import WarmStartConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.transitions import Transitions
-from bigdssm.errors import BigDSSMError, DataError
+from bigdssm.errors import DataError
 from bigdssm.features.history import histories_of, item_codes
 from bigdssm.models import DualEncoder
 from bigdssm.models.embedding_tables import table_name
@@ -36,27 +36,25 @@ def initialize_item_embeddings(
     DataError, on every rank: no solution.
     """
     for feature in sorted({str(history.of) for history in histories_of(dataset.schema.query).values()}):
-        name = table_name("doc", feature)
-        result: tuple[np.ndarray, np.ndarray] | None = None  # codes and vectors
-        error: BigDSSMError | None = None
-        if distributed.is_main():
-            try:
-                result = _item_vectors(dataset, feature, model.tables.shape(name), config)
-            except ArpackError as failed:
-                error = DataError(f"{dataset.dir}: no warm start for {feature}: {failed}; set warm_start.window to 0")
-            except BigDSSMError as failed:
-                error = failed
-        distributed.raise_together(error)
-        result = distributed.broadcast_object(result)
-        assert result is not None
-        codes, vectors = map(torch.from_numpy, result)
-        if tables is not None and name in tables.stores:
-            tables.stores[name].initialize(codes.numpy(), vectors)
-        else:
-            weight = cast(torch.Tensor, model.tables.tables[name].weight)
-            with torch.no_grad():
-                weight[codes, : vectors.shape[1]] = vectors.to(weight)
-        logger.info("%s: initialized %d items from histories", feature, len(vectors))
+        _initialize_table(feature, model, dataset, config, tables)
+
+
+def _initialize_table(
+    feature: str, model: DualEncoder, dataset: Dataset, config: WarmStartConfig, tables: ShardedTables | None
+) -> None:
+    name = table_name("doc", feature)
+
+    def compute() -> tuple[np.ndarray, np.ndarray]:
+        return _item_vectors(dataset, feature, model.tables.shape(name), config)
+
+    codes, vectors = map(torch.from_numpy, distributed.computed_on_main(compute))
+    if tables is not None and name in tables.stores:
+        tables.stores[name].initialize(codes.numpy(), vectors)
+    else:
+        weight = cast(torch.Tensor, model.tables.tables[name].weight)
+        with torch.no_grad():
+            weight[codes, : vectors.shape[1]] = vectors.to(weight)
+    logger.info("%s: initialized %d items from histories", feature, len(vectors))
 
 
 def _item_vectors(
@@ -75,7 +73,10 @@ def _item_vectors(
     selected = np.flatnonzero(pairs.getnnz(axis=0) + pairs.getnnz(axis=1))
     if not len(selected):
         raise DataError(f"{dataset.dir}: no train row has a history, so no {feature} values co-occur")
-    vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
+    try:
+        vectors = spectral_vectors(pairs, dim)[selected]  # vectors of the others are rounding errors
+    except ArpackError as error:
+        raise DataError(f"{dataset.dir}: no warm start for {feature}: {error}; set warm_start.window to 0") from error
     root_mean_square = np.sqrt((vectors**2).sum(axis=1).mean())
     scaled = (vectors * (config.length / root_mean_square)).astype(np.float32)
     return selected if code_of_index is None else code_of_index[selected], scaled
