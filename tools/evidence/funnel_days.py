@@ -31,7 +31,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.evaluation.comparison import System, chain_systems, model_system
 from bigdssm.evaluation.counted_events import request_days
-from bigdssm.evaluation.metrics import paired_bootstrap
+from bigdssm.evaluation.metrics import Difference, paired_bootstrap
 from bigdssm.evaluation.slices import read_slices
 from tools.evidence import funnel_shop
 from tools.evidence.funnel_shop import DAY, START
@@ -160,9 +160,9 @@ def print_table(of_groups: dict[str, Any]) -> None:
         parts = [f"  {name:27} {of_group['requests']:6}"]
         for metric in METRICS:
             of_metric = of_group[metric]
-            low, high = of_metric["interval"]
+            difference = Difference(of_metric["difference"], *of_metric["interval"])
             means = f"{of_metric['model']:.4f} {of_metric['chain']:.4f}"
-            parts.append(f"{metric} {means} {of_metric['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
+            parts.append(f"{metric} {means} {difference}")
         print("  ".join(parts), flush=True)
 
 
@@ -190,10 +190,10 @@ def main() -> int:
         print(f"seed {seed}: a night {night_s:.0f} CPU-s; chain: {chain.options}")
         results[str(seed)] = {"night_s": night_s, "chain": chain.options, "groups": figures(model, chain, groups)}
         print_table(results[str(seed)]["groups"])
-        of_all = {name: np.concatenate([groups[name] for groups in groups_of_seed]) for name in GROUPS}
-        results["all"] = {"groups": figures(pooled(models), pooled(chains), of_all)}
-        path = args.out / f"{args.name}-{args.split}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    of_all = {name: np.concatenate([groups[name] for groups in groups_of_seed]) for name in GROUPS}
+    results["all"] = {"groups": figures(pooled(models), pooled(chains), of_all)}
+    path = args.out / f"{args.name}-{args.split}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("all seeds")
     print_table(results["all"]["groups"])
     return 0

@@ -27,6 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tools.evidence.generated_shop import RANKED, ndcg
+
 ACTIONS = ("view", "cart", "purchase")
 VIEW, CART, PURCHASE = range(3)
 DEVICES = ("phone", "desktop")
@@ -46,7 +48,6 @@ SOURCES = {
 }
 DAY = 86_400
 START = 1_699_920_000  # a midnight, seconds since 1970
-RANKED = 10
 
 
 @dataclass
@@ -336,8 +337,7 @@ def write_shop(folder: Path, seed: int, users: int, days: int) -> None:
     print(f"{bought.sum():,} purchases of the last three days, {new[bought].mean():.1%} of products of those days")
     for name, group in (("all", bought), ("new products", bought & new), ("known products", bought & ~new)):
         rank = ranks["rank"][group]
-        ndcg = np.where(rank < RANKED, 1 / np.log2(rank + 2.0), 0.0).mean()
-        print(f"oracle, {name}: HR@10 {(rank < RANKED).mean():.3f}, NDCG@10 {ndcg:.3f}")
+        print(f"oracle, {name}: HR@10 {(rank < RANKED).mean():.3f}, NDCG@10 {ndcg(rank):.3f}")
 
 
 def main() -> None:
