@@ -2,37 +2,37 @@
 
     python tools/checks/mutations.py [--only NAME …] [--jobs N] [--commit COMMIT]
     python tools/checks/mutations.py --find            # only check that all fragments and tests exist
+    python tools/checks/mutations.py --random N --seed S [--jobs J] [--results FILE] [--quick] [--limit-s SECONDS]
 
 A bug replaces a fragment in the source of one symbol. The symbol is looked up in the listed module, then by qualified
 name in the whole package, and the test by name in all tests, so that both may move. All tests are first run without a
 bug, and must pass. Prints one line per bug: caught, with the test, or SURVIVED. Exit code 1: a bug survived; 2: a
 fragment is missing, or a test fails without a bug.
+
+With --random, the bugs are random changes by syntax (random_mutants.py), and the tests of each are those that execute
+the changed line, by the map of coverage_map.py. Prints a line per mutant and a table (mutant_runs.py); exit code 0. An
+interrupted run continues with the same command.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
-import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from mutant_runs import RandomRun, run_random
 from planted_bugs import BUGS, Bug
+from trees import HERE, Tree, trees
 
-HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PACKAGE, EVIDENCE = "bigdssm", "tools/evidence"
-TEST_TIMEOUT_S = 300
 
 
 class Mutation(NamedTuple):
@@ -50,7 +50,21 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="concurrent bugs (default: %(default)s)")
     parser.add_argument("--commit", default="HEAD", help="commit to test (default: %(default)s)")
     parser.add_argument("--find", action="store_true", help="only check that all fragments and tests exist")
+    _add_random_options(parser)
     args = parser.parse_args()
+    if args.random:
+        options = RandomRun(
+            number=args.random,
+            seed=args.seed,
+            commit=args.commit,
+            coverage=args.coverage,
+            results=args.results,
+            jobs=args.jobs,
+            limit_s=args.limit_s,
+            with_slow=not args.quick,
+            covered=args.covered,
+        )
+        return run_random(options)
     bugs = [bug for bug in BUGS if not args.only or {bug.name, bug.contract} & set(args.only)]
     with trees(args.commit, 1 if args.find else args.jobs) as copies:
         tests = {bug.test: find_test(copies[0], bug.test) for bug in bugs}
@@ -80,6 +94,21 @@ def main() -> int:
             survived = [bug.name for bug, found in zip(bugs, threads.map(caught, bugs), strict=True) if not found]
     print(f"{len(bugs) - len(survived)} of {len(bugs)} caught" + "".join(f"; {name} survived" for name in survived))
     return int(bool(survived))
+
+
+def _add_random_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("random mutants")
+    coverage = ROOT / "build/coverage.jsonl"
+    results = ROOT / "build/mutants.jsonl"
+    group.add_argument("--random", type=int, default=0, metavar="N", help="number of mutants of executed functions")
+    group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    group.add_argument("--coverage", type=Path, default=coverage, help="from coverage_map.py (default: %(default)s)")
+    group.add_argument("--results", type=Path, default=results, help="one JSON line per mutant (default: %(default)s)")
+    group.add_argument("--limit-s", type=float, default=120.0, help="no test starts later (default: %(default)s)")
+    group.add_argument("--covered", action="store_true", help="draw only from executed lines")
+    selection = group.add_mutually_exclusive_group()
+    selection.add_argument("--quick", action="store_true", help="without the tests that are marked slow")
+    selection.add_argument("--full", action="store_true", help="all tests of the map (default)")
 
 
 def find_mutation(tree: Path, bug: Bug) -> Mutation | str:
@@ -128,50 +157,6 @@ def find_test(tree: Path, test: str) -> str | None:
         return test
     found = [path for path in (tree / "tests").rglob("test_*.py") if function in path.read_text(encoding="utf-8")]
     return f"{found[0].relative_to(tree)}::{name}" if len(found) == 1 else None
-
-
-@contextmanager
-def trees(commit: str, number: int) -> Iterator[list[Path]]:
-    """Yield `number` temporary worktrees of a commit."""
-    folder = Path(tempfile.mkdtemp(prefix="bigdssm-mutations-"))
-    copies = [folder / str(i) for i in range(number)]
-    try:
-        for copy in copies:
-            subprocess.run(["git", "worktree", "add", "-q", "--detach", str(copy), commit], cwd=HERE, check=True)
-        yield copies
-    finally:
-        for copy in copies:
-            subprocess.run(["git", "worktree", "remove", "--force", str(copy)], cwd=HERE, check=False)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class Tree:
-    """A worktree, and a process that runs tests in it in forks, without importing torch again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._log = folder, folder.with_suffix(".log")
-        variables = {
-            **os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        pipe = subprocess.PIPE
-        command = [sys.executable, str(HERE / "warm.py")]
-        self._warm = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables, cwd=folder)
-
-    def run(self, tests: Sequence[str]) -> tuple[int, list[str]]:
-        """Return pytest's exit code and the failed tests; a single test stops at its first failure."""
-        self._log.write_text("")
-        first = ["-x"] if len(tests) == 1 else []
-        pytest = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", "-rfE", *first]
-        argv = [*pytest, "--timeout", str(TEST_TIMEOUT_S), *tests]
-        print(
-            json.dumps({"ranks": [[{}, argv]], "log": str(self._log), "cwd": str(self.folder)}), file=self._warm.stdin
-        )
-        assert self._warm.stdin is not None and self._warm.stdout is not None
-        self._warm.stdin.flush()
-        (code,) = json.loads(self._warm.stdout.readline())
-        text = self._log.read_text(errors="replace")
-        return code, re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
 
 
 def _run_tests(idle: SimpleQueue[Tree], mutation: Mutation | None, tests: Sequence[str]) -> tuple[int, list[str]]:
