@@ -1,7 +1,7 @@
 """Run the tests that cover random mutants, and count the mutants that no test kills.
 
 Verdicts: `killed`, with the test that fails; `killed (timeout)`; `survived`, with the number of tests that were not run
-within the limit; `uncovered`: no test executes the line. A test that kills for the first time is repeated without the
+within the limit; `uncovered`: no test executes the line; `error`: pytest itself failed. A test that kills for the first time is repeated without the
 mutant: if it fails there too, it is left out. Mutants whose result the file has already are not run again.
 """
 
@@ -28,6 +28,7 @@ from trees import HERE, Tree, trees
 FIRST_SECONDS, FIRST_FILES = 5.0, 5  # the first round: most mutants end in it, after few imports
 TIMEOUT_S, TIMEOUT_FACTOR = 30, 5  # of a test: the factor is that of its recorded seconds
 IMPORT_S = 120  # on top of the limit, before the whole process is killed
+INTERNAL_ERROR = 3  # pytest's exit code
 BUCKETS = (0.1, 1.0, 10.0)  # cheaper tests first; within a bucket by file, as files have fixtures
 
 
@@ -108,9 +109,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             rows[name][verdict] += 1
             if record["not_run"]:
                 rows[name]["partly"] += 1
-    lines = [f"{'':24}{'killed':>10}{'survived':>10}{'uncovered':>11}   survived with tests not run"]
+    lines = [f"{'':24}{'killed':>10}{'survived':>10}{'uncovered':>11}{'error':>7}   survived with tests not run"]
     for name, counts in rows.items():
-        numbers = f"{counts['killed']:10}{counts['survived']:10}{counts['uncovered']:11}"
+        numbers = f"{counts['killed']:10}{counts['survived']:10}{counts['uncovered']:11}{counts['error']:7}"
         lines.append(f"{name:24}{numbers}   {counts['partly']}")
     return "\n".join(lines)
 
@@ -200,15 +201,17 @@ class _Runner:
             timer.cancel()
             is_late = timer.finished.is_set() and not timer.is_alive()
             tree.kill()
-        result = {"failed": "", "running": "", "message": "", "finished": 0}
+        result: dict[str, Any] = {"failed": "", "running": "", "message": "", "finished": 0}
         if result_path.exists():
             result = json.loads(result_path.read_text(encoding="utf-8"))
         if code in (0, 2, 5) and not result["failed"]:  # 2: stopped at the limit; 5: no test started
             return Verdict("survived", not_run=len(tests) - result["finished"])
         test = result["failed"] or result["running"] or tests[0].name
-        message = result["message"] or f"exit code {code}"
+        message = result["message"].strip() or f"exit code {code}"
+        if code == INTERNAL_ERROR and not result["failed"]:
+            return Verdict("error", message=tree.log[-1000:])
         is_timeout = "Timeout (>" in message or (code == -9 and is_late)
-        return Verdict("killed (timeout)" if is_timeout else "killed", test, message.strip().rpartition("\n")[2])
+        return Verdict("killed (timeout)" if is_timeout else "killed", test, message.partition("\n")[0][:300])
 
     def _passes_unchanged(self, tree: Tree, name: str, tests: Sequence[CoveringTest]) -> bool:
         """Return whether a test, or the first one of a file that could not be imported, passes without a mutant."""

@@ -33,7 +33,7 @@ class Site(NamedTuple):
 
     file: str
     function: str  # qualified name
-    index: int  # among the statements of the file
+    number: int  # among the statements of the file
     line: int
 
 
@@ -75,7 +75,7 @@ class Statements:
 
     def replacements(self, site: Site) -> list[Replacement]:
         """Return the changes of a statement, not all of which may compile."""
-        return list(_replacements(self._statements[site.index][1]))
+        return list(_replacements(self._statements[site.number][1]))
 
     def mutant(self, site: Site, kind: str, node: ast.AST, changed: ast.AST) -> Mutant | None:
         """Return the source with a changed node; None if it does not compile, or is the same code."""
@@ -96,7 +96,7 @@ class Statements:
             file=self._file,
             function=site.function,
             kind=kind,
-            line=self._line(node, self._statements[site.index][1]),
+            line=self._line(node, self._statements[site.number][1]),
             column=node.col_offset,
             before=self._source[first:end].decode(),
             after=after,
@@ -123,7 +123,7 @@ def draw(
     random.Random(seed).shuffle(sites)
     for site in sites:
         if is_drawn(site):
-            mutant = _draw_one(files[site.file], site, random.Random(f"{seed} {site.file} {site.index}"), is_selected)
+            mutant = _draw_one(files[site.file], site, random.Random(f"{seed} {site.file} {site.number}"), is_selected)
             if mutant is not None:
                 yield mutant
 

@@ -31,29 +31,33 @@ class Selection:
         for item in items:
             item.add_marker(pytest.mark.timeout(self._seconds[item.nodeid]), append=False)
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        if time.monotonic() > self._end:
-            item.session.shouldstop = "the limit of seconds"
-            return True
-        self._result["running"] = item.nodeid
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if time.monotonic() < self._end:
+            return None
+        item.session.shouldstop = "the limit of seconds"
+        return True  # not run
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._result["running"] = nodeid
         self._write()
-        result = yield
+
+    def pytest_runtest_logfinish(self) -> None:
         self._result["finished"] += 1
         self._result["running"] = ""
         self._write()
-        return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and not self._result["failed"]:
-            self._result["failed"] = report.nodeid
-            self._result["message"] = str(report.longrepr)[-2000:]
-            self._write()
+        self._record(report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._record(report)
+
+    def _record(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed and not self._result["failed"]:
+            crash = getattr(report.longrepr, "reprcrash", None)
             self._result["failed"] = report.nodeid
-            self._result["message"] = str(report.longrepr)[-2000:]
+            self._result["message"] = crash.message if crash else str(report.longrepr)[-1000:]
             self._write()
 
     def _write(self) -> None:

@@ -16,6 +16,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TEST_TIMEOUT_S = 300
+TEST_LIBRARIES = (  # of pytest's plugins and of most tests
+    "pytest", "hypothesis", "_hypothesis_pytestplugin", "schemathesis.pytest.plugin", "pytest_timeout", "xdist.plugin",
+    "transformers.modeling_utils", "transformers.models.bert.modeling_bert", "fastapi.testclient",
+)  # fmt: skip
 MARK = "BIGDSSM_MUTATED_TREE"  # variable of all processes of a tree
 
 
@@ -44,7 +48,7 @@ class Tree:
             "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", MARK: str(folder),
         }  # fmt: skip
         pipe = subprocess.PIPE
-        command = [sys.executable, str(HERE / "warm.py")]
+        command = [sys.executable, str(HERE / "warm.py"), *TEST_LIBRARIES]
         self._warm = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=variables, cwd=folder)
 
     @property

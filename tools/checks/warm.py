@@ -2,6 +2,7 @@
 
 Reads one JSON object per line: {"ranks": [[ENVIRONMENT, ARGV], …], "log": FILE, "cwd": FOLDER}; ARGV is a script with
 its arguments. Writes the exit codes of the ranks as a JSON list. The package itself is imported only after the fork.
+The arguments of this script are further modules to import.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ LIBRARIES = (
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keep the output of libraries, also of their import, out of the answers
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *sys.argv[1:]):
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
     for line in sys.stdin:
