@@ -1,8 +1,9 @@
 """Run the tests that cover random mutants, and count the mutants that no test kills.
 
 Verdicts: `killed`, with the test that fails; `killed (timeout)`; `survived`, with the number of tests that were not run
-within the limit; `uncovered`: no test executes the line; `error`: pytest itself failed. A test that kills for the first time is repeated without the
-mutant: if it fails there too, it is left out. Mutants whose result the file has already are not run again.
+within the limit; `uncovered`: no test executes the line; `error`: pytest itself failed. A test that kills for the first
+time is repeated without the mutant: if it fails there too, it is left out. Mutants whose result the file has already
+are not run again.
 """
 
 from __future__ import annotations
@@ -193,24 +194,30 @@ class _Runner:
         timeouts = {test.name: _timeout_s(test) for test in tests}
         selection.write_text(json.dumps({"tests": timeouts, "limit_s": limit_s}), encoding="utf-8")
         result_path.unlink(missing_ok=True)
-        timer = threading.Timer(IMPORT_S + limit_s + max(timeouts.values()), tree.kill)
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            tree.kill()
+
+        timer = threading.Timer(IMPORT_S + limit_s + max(timeouts.values()), end)
         timer.start()
         try:
             code = tree.execute([str(HERE / "selected_tests.py"), str(selection), str(result_path)])
         finally:
             timer.cancel()
-            is_late = timer.finished.is_set() and not timer.is_alive()
             tree.kill()
         result: dict[str, Any] = {"failed": "", "running": "", "message": "", "finished": 0}
         if result_path.exists():
             result = json.loads(result_path.read_text(encoding="utf-8"))
-        if code in (0, 2, 5) and not result["failed"]:  # 2: stopped at the limit; 5: no test started
+        is_complete = not result["failed"] and not result["running"]
+        if code in (0, 2, 5) and is_complete:  # 2: stopped at the limit; 5: no test started
             return Verdict("survived", not_run=len(tests) - result["finished"])
         test = result["failed"] or result["running"] or tests[0].name
         message = result["message"].strip() or f"exit code {code}"
         if code == INTERNAL_ERROR and not result["failed"]:
             return Verdict("error", message=tree.log[-1000:])
-        is_timeout = "Timeout (>" in message or (code == -9 and is_late)
+        is_timeout = "Timeout (>" in message or is_late.is_set()
         return Verdict("killed (timeout)" if is_timeout else "killed", test, message.partition("\n")[0][:300])
 
     def _passes_unchanged(self, tree: Tree, name: str, tests: Sequence[CoveringTest]) -> bool:
@@ -254,17 +261,21 @@ def _ordered(mutant: Mutant, tests: Sequence[CoveringTest]) -> list[CoveringTest
 
 
 def _rounds(tests: Sequence[CoveringTest], limit_s: float) -> list[Sequence[CoveringTest]]:
-    """Divide tests into a short first round of few files, and the rest."""
+    """Divide tests into a short first round of few files, and the rest, as far as the limit allows."""
     files: set[str] = set()
     seconds = 0.0
-    number = 0
+    first = 0
+    end = 0
     for test in tests:
         files.add(test.name.partition("::")[0])
-        seconds += test.seconds
-        if number and (len(files) > FIRST_FILES or seconds > FIRST_SECONDS):
+        is_short = len(files) <= FIRST_FILES and seconds + test.seconds <= FIRST_SECONDS
+        if first == end and (is_short or not first):
+            first += 1
+        if seconds > limit_s:
             break
-        number += 1
-    parts = [tests[:number], tests[number:]]
+        seconds += test.seconds
+        end += 1
+    parts = [tests[:first], tests[first:end]]
     return [part for part in parts if part]
 
 
