@@ -19,6 +19,7 @@ from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import command, option
 from bigdssm.cluster.metrics import CONFIG_FILE, flatten, read_stage, selection_score, stage_folders
 from bigdssm.cluster.run_folder import read_events
+from bigdssm.config import without_former_defaults
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
 from bigdssm.dataset.rows import EventRules
@@ -115,7 +116,7 @@ def compare(
 
 def _properties(folder: Path) -> dict[str, dict[str, str]]:
     """Return the compared properties of a stage, by the title of their table."""
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = without_former_defaults(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     try:
         fingerprint = str(load_model_folder(folder / "best").provenance.get("dataset", ABSENT))
     except BigDSSMError:

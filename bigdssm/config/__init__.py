@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         load_written_config,
         read_config,
     )
+    from bigdssm.config.removed import without_former_defaults
 
 __all__ = [
     "ARCHITECTURE_FILE",
@@ -109,6 +110,7 @@ __all__ = [
     "load_config",
     "load_written_config",
     "read_config",
+    "without_former_defaults",
 ]
 
 # Lazy: losses import the config base classes without importing omegaconf and yaml.
@@ -166,5 +168,6 @@ __getattr__, __dir__ = lazy_attributes(
             "load_written_config",
             "read_config",
         ],
+        "bigdssm.config.removed": ["without_former_defaults"],
     },
 )

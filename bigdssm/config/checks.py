@@ -369,14 +369,6 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
             "no data.from_partition or data.mixture, which change the row numbers",
         )  # fmt: skip
         require(every == 0, f"{key}.mining.every_steps", every, f"0 with {key}.mining.file, which replaces mining")
-    if negatives.refresh_every_steps:
-        refreshed = f"with {key}.refresh_every_steps={negatives.refresh_every_steps}"
-        has_text, fixed = any(f.type == "text" for f in data.doc.values()), stage.documents.model
-        require_all(
-            (negatives.columns == "catalogue", f"{key}.columns", negatives.columns, f"catalogue {refreshed}"),
-            (has_text, "data.doc", "no text", f"a text {refreshed}"),
-            (fixed is None, f"{name}.documents.model", fixed, f"none {refreshed}"),
-        )
     if negatives.columns == "catalogue":
         _check_catalogue_columns(name, stage, config)
 

@@ -387,9 +387,6 @@ class NegativesConfig:
     in_batch: bool = True  # the other documents of the global batch; true for losses over all columns, such as fps
     # For losses over all columns: the documents of the global batch, or the whole catalogue in every step.
     columns: Literal["batch", "catalogue"] = "batch"
-    # With columns: catalogue, for documents with texts: the outputs of the text encoder are computed for all documents
-    # every so many steps only, and in every step for the gradient of its positives; 0: for all in every step.
-    refresh_every_steps: int = bounded(0, 0, MAX_COUNT)
     # For losses over all columns: documents per step drawn uniformly from the catalogue, as extra columns.
     uniform: int = bounded(0, 0, MAX_ROWS)
     # For losses over all columns: documents per step drawn in proportion to their train positives, as extra columns.

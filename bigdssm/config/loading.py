@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bigdssm.config.checks import check_config
 from bigdssm.config.components import STAGES
 from bigdssm.config.keys import Config
+from bigdssm.config.removed import check_removed_keys, without_former_defaults
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.components import EACH, REGISTRY, default_of, keys_of, literal, read_fields, section_of
@@ -39,7 +40,10 @@ def config_of(config: Config | str | Path, overrides: Sequence[str] = ()) -> Con
 
 
 def config_from(source: Path, content: Any) -> Config:
-    """Return the validated Config of a plain container. Raises ConfigError with `source`."""
+    """Return the validated Config of a plain container, such as a written config. Raises ConfigError with `source`."""
+    if isinstance(content, dict):
+        content = without_former_defaults(content)
+        _check_removed_keys(source, content)
     config = to_dataclass(source, Config, content)
     check_config(config)
     return config
@@ -63,12 +67,21 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
     changed = overridden(content, overrides, Config)
+    _check_removed_keys(path, OmegaConf.to_container(changed))
     changes = _parsed(overrides)
     for stage in STAGES:  # a rate on the command line is that of this command, also where it continues a model
         ratio = f"{stage}.optimizer.continue_lr_ratio"
         if _is_in(changes, f"{stage}.optimizer.lr") and not _is_in(changes, ratio):
             OmegaConf.update(changed, ratio, 1.0)
     return to_dataclass(path, Config, changed)
+
+
+def _check_removed_keys(source: Path, content: Any) -> None:
+    """Raise ConfigError with `source` if a config has a key of an earlier version."""
+    try:
+        check_removed_keys(content)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _parsed(overrides: Sequence[str]) -> list[DictConfig]:

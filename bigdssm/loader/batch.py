@@ -3,7 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,7 +123,7 @@ class Batch:
     step: int
     row_ids: Tensor  # int64 [R]: row number in the dataset's split; always on the host
     query: Features  # R rows
-    doc: Features  # n rows: distinct documents, positives first, then further columns (negatives), without stale ones
+    doc: Features  # n rows: distinct documents, positives first, then further columns (negatives)
     positive: Tensor  # int64 [m]: column of the query's positive document
     relevance: Tensor  # float32 [m]: r, not negative
     query_ids: Tensor  # int64 [m]
@@ -143,10 +143,6 @@ class Batch:
     teacher_query: Tensor | None = None  # float16 [m, E]: teacher vectors, whose products are the teacher scores
     teacher_doc: Tensor | None = None  # float16 [n, E]
     doc_vectors: Tensor | None = None  # float32 [n, D+1]: fixed index vectors; `doc` is then empty
-    # Of the last documents, which `doc` then lacks: their texts are vectors of an earlier step (CachedTexts adds them).
-    stale: Features | None = None
-    stale_lengths: Lengths = field(default_factory=dict)
-    columns: Tensor | None = None  # bool [n]: whether columns are negatives, with stale documents
     # By sharded table: distinct rows int64, on the host. Its features then hold positions: k > 0 is the k-th row.
     table_rows: Mapping[str, np.ndarray] | None = None
     # int64 [p, 2]: further masked pairs (query id or, depending on negatives.mask, query index; doc id)
@@ -157,11 +153,6 @@ class Batch:
     def nbytes(self) -> int:
         """Return the size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors())
-
-    @property
-    def num_fresh(self) -> int:
-        """Return the number of documents whose texts are encoded in the step, the first ones."""
-        return len(self.doc_ids) if self.stale is None else len(next(iter(self.doc.values())))
 
     @property
     def sizes(self) -> tuple[SideSize, SideSize]:

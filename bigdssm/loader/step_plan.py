@@ -5,7 +5,6 @@ Plans are computed on the host from the lengths in a batch; no device tensor is 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -184,9 +183,8 @@ class StepPlan:
     query: SidePlan
     doc: SidePlan
     whole: bool  # both sides in one forward
-    num_retained: int = 0  # chunks with a retained graph: the last ones, in the order queries, documents, stale ones
+    num_retained: int = 0  # chunks with a retained graph: the last ones, in the order queries, documents
     pairs: SidePlan | None = None  # of a cross-encoder
-    stale: SidePlan | None = None  # documents with text vectors of an earlier step
 
     @property
     def tokens(self) -> int:
@@ -201,21 +199,19 @@ class StepPlan:
 
     @property
     def _sides(self) -> list[SidePlan]:
-        return [self.query, self.doc, *(side for side in (self.pairs, self.stale) if side is not None)]
+        return [self.query, self.doc, *([] if self.pairs is None else [self.pairs])]
 
 
 class ChunkCounts(NamedTuple):
     """Numbers of chunks that a rank's plan requires; the ranks take the element-wise maximum.
 
-    Chunk order: queries, then documents, then stale ones. Graphs are retained from the end, so stale ones first.
+    Chunk order: queries, then documents. Graphs are retained from the end, so those of documents first.
     """
 
     queries: int = 1  # number of chunks
     docs: int = 1
     first_query: int = 0  # first chunk with a retained graph
     first_doc: int = 0
-    stale: int = 0
-    first_stale: int = 0
 
 
 @dataclass(frozen=True)
@@ -226,41 +222,36 @@ class LocalStepPlan:
     doc: SidePlan
     whole: StepPlan | None  # for one chunk per side on all ranks; None if this rank needs more
     counts: ChunkCounts
-    stale: SidePlan | None = None
 
     def synchronized(self, counts: ChunkCounts) -> StepPlan:
         """Return the plan for the maximum of the ranks' chunk counts."""
-        if max(counts.queries, counts.docs) <= 1 and self.stale is None:
+        if max(counts.queries, counts.docs) <= 1:
             assert self.whole is not None
             return self.whole
         query, doc = self.query.padded_to(counts.queries), self.doc.padded_to(counts.docs)
-        stale = None if self.stale is None else self.stale.padded_to(counts.stale)
-        retained = 0
-        for side, first in ((stale, counts.first_stale), (doc, counts.first_doc), (query, counts.first_query)):
-            retained += 0 if side is None else len(side.chunks) - first
-            if first:
-                break
-        return StepPlan(query, doc, False, retained, stale=stale)
+        retained = len(doc.chunks) - counts.first_doc
+        if counts.first_doc == 0:
+            retained += len(query.chunks) - counts.first_query
+        return StepPlan(query, doc, False, retained)
 
 
 def plan_locally(batch: Batch, budget: TokenBudget) -> LocalStepPlan:
     """Return this rank's plan of a batch; graphs are retained from the last chunk backwards within the budget."""
     query, doc = _sides(batch, budget, budget.chunk_tokens)
-    stale = None
-    if batch.stale is not None:  # own chunks: their texts are vectors
-        stale = plan_side(batch.stale_lengths, len(batch.doc_ids) - batch.num_fresh, budget.chunk_tokens)
     if budget.chunk_tokens == 0:
-        return LocalStepPlan(query, doc, StepPlan(query, doc, True), ChunkCounts(stale=int(stale is not None)), stale)
-    chunks = [() if side is None else side.chunks for side in (query, doc, stale)]
-    last_first = [chunk.tokens for chunk in reversed(list(chain(*chunks)))]
+        return LocalStepPlan(query, doc, StepPlan(query, doc, True), ChunkCounts())
+    last_first = [chunk.tokens for chunk in reversed(query.chunks + doc.chunks)]
     recomputed = len(last_first) - int((np.cumsum(last_first) <= budget.retained_tokens).sum())
-    num_query, num_doc, num_stale = map(len, chunks)
+    num_query = len(query.chunks)
+    num_doc = len(doc.chunks)
     one_forward = StepPlan(*_sides(batch, budget, 0), whole=True) if max(num_query, num_doc) <= 1 else None
-    first_query, first_doc = min(recomputed, num_query), min(max(0, recomputed - num_query), num_doc)
     counts = ChunkCounts(
-        num_query, num_doc, first_query, first_doc, num_stale, max(0, recomputed - num_query - num_doc)
+        queries=num_query,
+        docs=num_doc,
+        first_query=min(recomputed, num_query),
+        first_doc=max(0, recomputed - num_query),
     )
-    return LocalStepPlan(query, doc, one_forward, counts, stale)
+    return LocalStepPlan(query, doc, one_forward, counts)
 
 
 def plan_step(batch: Batch, budget: TokenBudget) -> StepPlan:
@@ -280,7 +271,7 @@ def _sides(batch: Batch, budget: TokenBudget, chunk_tokens: int) -> tuple[SidePl
     query, doc = budget.packed
     return (
         plan_side(batch.query_lengths, len(batch.row_ids), chunk_tokens, batch.queries_of_row, query),
-        plan_side(batch.doc_lengths, batch.num_fresh if batch.doc else 0, chunk_tokens, packed=doc),
+        plan_side(batch.doc_lengths, len(batch.doc_ids) if batch.doc else 0, chunk_tokens, packed=doc),
     )
 
 

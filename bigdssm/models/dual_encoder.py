@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bigdssm.config import ModelConfig, ScorerConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import PADDING, Age, Categorical, Feature, age_of, histories_of, texts_of, timestamp_of
+from bigdssm.features import PADDING, Age, Categorical, Feature, age_of, histories_of, timestamp_of
 from bigdssm.features.base import OUT_OF_VOCABULARY, REQUEST_PREFIX
 from bigdssm.models.age import AgeCoordinates
 from bigdssm.models.embedding_tables import INIT_STD, EmbeddingTables, table_name
@@ -32,7 +32,6 @@ from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
 ALPHA_MAX = 100.0
 MIN_NORM = 1e-12  # a missing value has a vector of zeros
-CACHED = "cached "  # prefix of a feature's text vectors of an earlier step, among the features of a side
 DOCUMENT_WEIGHTS = ("doc_tower.", "text.doc.", "tables.tables.doc_", "beta", "log_alpha")  # beginnings of their names
 
 
@@ -69,7 +68,6 @@ class Tower(nn.Module):
         self.encoders = _ByFeature({name: e for name, e in encoders.items() if not e.is_shared})
         self._shared_encoders = ({name: e for name, e in encoders.items() if e.is_shared},)  # not modules of the tower
         widths = {name: encoder.dim for name, encoder in self._all().items()}
-        self.text_widths = {name: widths[name] for name in texts_of(features)}
         if self.residual is not None and self.residual not in widths:
             raise ConfigError(
                 f"model.{context.side}.residual={self.residual} is no {context.side} feature, "
@@ -125,17 +123,13 @@ class Tower(nn.Module):
             features = {**features, REQUEST: parts[REQUEST]}
         for name, encoder in self._all().items():
             values = features[name]
-            if name in self.text_widths and isinstance(values, Tensor) and values.is_floating_point():
-                number, vectors = values.shape[0], values  # of `text_vectors`
-            elif query_positions is None:
+            if query_positions is None:
                 # shape[0], not len(): an export would fix the number of rows
                 number = values.num_rows if isinstance(values, Packed) else values.shape[0]
                 vectors = encoder(encoder.inputs(name, features))
             else:
                 number = len(query_positions.row)
                 vectors = encoder.at_positions(encoder.inputs(name, features), query_positions)
-            if (cached := features.get(CACHED + name)) is not None:  # its value, and the gradient of this forward
-                vectors = cast(Tensor, cached) + (vectors - vectors.detach())
             parts[name] = checked_output(encoder, vectors, (number, encoder.dim))
         residual = parts.pop(self.residual) if self.residual else None
         if self.mlp is None:
@@ -146,15 +140,6 @@ class Tower(nn.Module):
             limit = self.residual_limit * output.detach().norm(dim=1, keepdim=True)
             residual = residual * (limit / residual.norm(dim=1, keepdim=True).clamp(min=MIN_NORM)).clamp(max=1)
         return output if residual is None else output + residual
-
-    def text_vectors(self, texts: Mapping[str, Values]) -> Tensor:
-        """Return the text encoder's outputs [R, ΣH] for the features of `text_widths`, one after the other.
-
-        `forward` accepts the part of a feature in place of its tokens, or beside them as CACHED + feature: it then has
-        this value, and the gradient of the text encoder.
-        """
-        encoders = self._all()
-        return torch.cat([encoders[name](encoders[name].inputs(name, texts)) for name in self.text_widths], dim=1)
 
     def accepts_packed(self, training: bool) -> frozenset[str]:
         """Return the features whose lists may be packed."""
@@ -277,21 +262,18 @@ class DualEncoder(nn.Module):
         candidates: Tensor | None = None,
         query_positions: QueryPositions | None = None,
         paired: bool = False,
-        doc_texts: Mapping[str, Values] | None = None,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha is always returned (ZeRO-3 hides it outside the forward).
 
         Without `query_positions`, a row of `query` is one query with its whole history. With them, there are m queries,
         each with a prefix of its row's history: histories are encoded in one pass, other features once per row.
         candidates int64 [m, l]: rows of `doc` to score for each query with the MLP. paired: only score row i of both
-        sides as a pair, with a scorer that takes features. doc_texts: only return `Tower.text_vectors` of them, as W.
+        sides as a pair, with a scorer that takes features.
         """
         alpha: Tensor = _ClampAbove.apply(self.log_alpha.float().exp(), ALPHA_MAX)
         if paired:
             assert query is not None and doc is not None and self.scorer is not None
             return Encoded(None, None, None, alpha, self.scorer(query, doc))
-        if doc_texts is not None:
-            return Encoded(None, self.doc_tower.text_vectors(doc_texts), None, alpha)
         U = W = beta = scores = None
         if query is not None:
             U = self._normalized(self.query_tower(query, query_positions))

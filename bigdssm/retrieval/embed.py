@@ -114,25 +114,19 @@ def item_contents(model: nn.Module, dataset: Dataset, device: torch.device | str
         ids = {name: torch.full_like(cast(Tensor, features[name]), OUT_OF_VOCABULARY) for name in unknown}
         return tower_output(model, "doc", {**features, **ids})[:, : towers.tower_dim].float()
 
-    contents = encode_whole_catalogue(model, dataset, dataset.schema.doc, vectors, device)
-    return torch.cat([contents.new_zeros(1, contents.shape[1]), contents])
-
-
-def encode_whole_catalogue(
-    model: nn.Module, dataset: Dataset, declared: Mapping[str, Feature], encode: Callable[[dict[str, Values]], Tensor],
-    device: torch.device | str,
-) -> Tensor:  # fmt: skip
-    """Apply `encode` to features of all documents, and return its output [N, …] on every rank; each encodes a share."""
-    packed = cast(DualEncoder, getattr(model, "module", model)).accepts_packed(training=False).doc
-    catalogue, share = dataset.catalogue, Share(distributed.rank(), distributed.world_size())
+    packed = towers.accepts_packed(training=False).doc
+    declared = dataset.schema.doc
+    catalogue = dataset.catalogue
+    share = Share(distributed.rank(), distributed.world_size())
     begin, end = share.of(catalogue.num_docs)
     parts = []
     for chunk in range(share.num_chunks(catalogue.num_docs, ROWS_AT_ONCE)):
         rows = np.arange(begin, end)[chunk * ROWS_AT_ONCE : (chunk + 1) * ROWS_AT_ONCE]
-        columns = {name: catalogue.column(name, rows) for name in declared}
-        parts.append(encode_features(declared, columns, len(rows), encode, device, packed))
+        columns = catalogue.columns(rows)
+        parts.append(encode_features(declared, columns, len(rows), vectors, device, packed))
     bounds = share.bounds(catalogue.num_docs)
-    return distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
+    contents = distributed.all_gather_rows(torch.cat(parts), [last - first for first, last in bounds])
+    return torch.cat([contents.new_zeros(1, contents.shape[1]), contents])
 
 
 def check_width(option: str, width: int, dim: int) -> None:
@@ -268,7 +262,7 @@ def encode_columns(
 
 
 def encode(model: nn.Module, paired: bool = False, **sides: Mapping[str, Values]) -> Encoded:
-    """Run `model` on features of a side, texts of documents, or pairs, in evaluation mode and without gradients."""
+    """Run `model` on features of a side, or on pairs, in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:

@@ -16,18 +16,10 @@ from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
-from bigdssm.features import PADDING, histories_of, texts_of
+from bigdssm.features import PADDING, histories_of
 from bigdssm.features.base import OUT_OF_VOCABULARY
 from bigdssm.features.ragged import Ragged
-from bigdssm.loader.batch import (
-    Batch,
-    Collator,
-    as_tensor,
-    lengths_of,
-    paddings,
-    to_features,
-    uploaded_batches,
-)
+from bigdssm.loader.batch import Batch, Collator, as_tensor, uploaded_batches
 from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.stream import PairStream, RowStream
 from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
@@ -116,19 +108,7 @@ class BatchBuilder:
         if self._config.columns == "catalogue":
             share = catalogue_share(self._dataset.catalogue.num_docs, self._rank, self._world_size)
             share = np.setdiff1d(share, self.undrawn, assume_unique=True)
-            if self._config.refresh_every_steps:
-                # positives, and the other documents of the share as stale columns, without their texts
-                schema, catalogue, batch = self._dataset.schema, self._dataset.catalogue, self._collator(rows)
-                others = np.setdiff1d(share, batch.doc_rows.numpy(), assume_unique=True)
-                declared = {name: feature for name, feature in schema.doc.items() if name not in texts_of(schema.doc)}
-                stale = to_features(declared, {name: catalogue.column(name, others) for name in declared})
-                batch = replace(
-                    batch, stale=stale, stale_lengths=lengths_of(stale, paddings(declared)),
-                    doc_rows=torch.cat([batch.doc_rows, as_tensor(others)]),
-                    doc_ids=torch.cat([batch.doc_ids, as_tensor(catalogue.ids(others))]),
-                )  # fmt: skip
-            else:
-                batch = self._collator(rows, negatives=negatives, extra_docs=share)
+            batch = self._collator(rows, negatives=negatives, extra_docs=share)
         else:
             batch = self._collator(rows, negatives=negatives, extra_docs=self.drawn(rows.step))
         given = self._config.columns == "batch"
@@ -188,19 +168,18 @@ class BatchBuilder:
 
 def drop_ids(batch: Batch, dropped: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:
     """Return a batch with a share of the ids out of vocabulary, a function of key, row and position in the row."""
-    query, doc, stale = dict(batch.query), dict(batch.doc), dict(batch.stale or {})
-    doc_keys, fresh = batch.doc_ids.numpy(), batch.num_fresh
-    parts = {"query": [(query, batch.row_ids.numpy())], "doc": [(doc, doc_keys[:fresh]), (stale, doc_keys[fresh:])]}
+    sides = {"query": dict(batch.query), "doc": dict(batch.doc)}
+    keys = {"query": batch.row_ids.numpy(), "doc": batch.doc_ids.numpy()}
     for side, name, _ in dropped:
-        for features, row_keys in parts[side]:
-            if name not in features:
-                continue
-            codes = features[name].numpy()
-            rows = mix64(row_keys.astype(np.uint64), key ^ hash64(f"{side}.{name}"))
-            cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
-            is_dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
-            features[name] = torch.from_numpy(np.where(is_dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
-    return replace(batch, query=query, doc=doc, stale=None if batch.stale is None else stale)
+        features = sides[side]
+        if name not in features:
+            continue
+        codes = features[name].numpy()
+        rows = mix64(keys[side].astype(np.uint64), key ^ hash64(f"{side}.{name}"))
+        cells = rows.reshape(-1, *[1] * (codes.ndim - 1)) + np.arange(codes[:1].size, dtype=np.uint64)
+        is_dropped = (mix64(cells.reshape(codes.shape), key) >> np.uint64(11)) * 2.0**-53 < share
+        features[name] = torch.from_numpy(np.where(is_dropped & (codes != PADDING), OUT_OF_VOCABULARY, codes))
+    return replace(batch, query=sides["query"], doc=sides["doc"])
 
 
 def with_positions(batch: Batch, tabled: Iterable[tuple[str, str, str]]) -> Batch:

@@ -311,13 +311,6 @@ def estimate(
     if model.content_ids:
         of_catalogue["contents of items"] = FP32 * num_docs * model.tower_dim
         saved += num_docs * model.tower_dim
-    if batch.stale is not None:
-        text_widths = model.doc_tower.text_widths
-        num_stale, vectors_width = len(batch.doc_ids) - batch.num_fresh, sum(text_widths.values())
-        zeros = {name: torch.zeros(num_stale, width) for name, width in text_widths.items()}
-        batch = replace(batch, stale={**batch.stale, **zeros})
-        of_catalogue["text vectors of the catalogue"] = FP32 * num_docs * vectors_width
-        saved += num_docs * vectors_width
     plan = plan_step(batch, TokenBudget.of(engine, model.accepts_packed(training=True)))
     graphs, towers = _towers(model, mode, batch, plan, engine)
     sides, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
@@ -340,7 +333,7 @@ def estimate(
     query, doc = batch.sizes
     encoded = num_queries * model.query_tower.flops(query) / max(1, len(batch.query_ids))
     if documents is None:
-        encoded += num_docs * model.doc_tower.flops(replace(doc, rows=batch.num_fresh)) / max(1, batch.num_fresh)
+        encoded += num_docs * model.doc_tower.flops(doc) / max(1, len(batch.doc_ids))
     products = encoded + 2.0 * num_queries * num_docs * config.model.dim
     behind = engine.async_checkpoints and (stage.save_every_minutes > 0 or 0 < stage.save_every_steps < steps)
     copied = {"copy that a checkpoint is written from": -(-FP32 * saved // world_size)} if behind else {}
@@ -422,8 +415,7 @@ def _gathered_weights(model: DualEncoder, plan: StepPlan) -> int:
     if plan.whole:
         return 2 * sum(sizes.values())
     other = {"query": ("doc_tower.", "text.doc.", "beta"), "doc": ("query_tower.", "text.query.")}
-    docs = plan.doc.chunks + (() if plan.stale is None else plan.stale.chunks)  # stale ones need fewer: an upper bound
-    sides = ["query"] * len(plan.query.chunks) + ["doc"] * len(docs)
+    sides = ["query"] * len(plan.query.chunks) + ["doc"] * len(plan.doc.chunks)
     passes = dict.fromkeys(other, 0)
     for number, side in enumerate(sides):
         passes[side] += 2 if number >= len(sides) - plan.num_retained else 3
@@ -485,7 +477,7 @@ def _encoding(model: DualEncoder, mode: FakeTensorMode, batch: Batch) -> int:
     """Return the bytes of encoding the catalogue's documents without a graph; 0 if their vectors are fixed."""
     if batch.doc_vectors is not None:
         return 0
-    plan = plan_side(batch.doc_lengths, batch.num_fresh, CHUNK_TOKENS_CPU)
+    plan = plan_side(batch.doc_lengths, len(batch.doc_ids), CHUNK_TOKENS_CPU)
     chunk, side = plan.chunks[0], Chunked(batch.doc, plan)
     features = cast(Features, side.features(chunk))  # the plan packs nothing
     inputs = {name: mode.from_tensor(values) for name, values in features.items()}

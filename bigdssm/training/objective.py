@@ -135,9 +135,7 @@ class Objective:
             # and so is the same on any number of ranks.
             counts, neg_bias = batch.counts, batch.counts.double().log()
             if negatives.columns == "catalogue":
-                shared = batch.columns
-                if shared is None:
-                    shared = in_catalogue_share(batch, distributed.rank(), distributed.world_size())
+                shared = in_catalogue_share(batch, distributed.rank(), distributed.world_size())
                 neg_bias = torch.where(shared, 0.0, -torch.inf).double()
         else:
             # this loss applies counts itself: only positives are shared among queries

@@ -1,21 +1,20 @@
-"""Refresh every few steps: hard negatives, text vectors of stale columns, contents of items.
+"""Refresh every few steps: hard negatives, contents of items.
 
 Mined files are in the stage's folder, one per set of training partitions and mining step. A resume reads the file of
 the last mining step before the checkpoint, since the checkpoint's weights would mine others; a missing file is mined
 again only if the checkpoint is of the mining step.
 
-Shapes: n documents of this rank's batch, N of the catalogue, D of vectors, H total width of the text vectors.
+Shapes: N documents of the catalogue, D of vectors.
 """
 
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from bigdssm import distributed
@@ -25,19 +24,8 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import CheckpointError
-from bigdssm.features import texts_of
-from bigdssm.loader.batch import Batch
-from bigdssm.losses.ids import occurrences
-from bigdssm.models import DualEncoder, Values
-from bigdssm.models.dual_encoder import CACHED
-from bigdssm.retrieval.embed import (
-    DocumentVectors,
-    encode,
-    encode_catalogue,
-    encode_whole_catalogue,
-    item_contents,
-    tower_encoders,
-)
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import DocumentVectors, encode_catalogue, item_contents, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
@@ -164,73 +152,28 @@ class HardNegativeRefresh:
         return gather_hard_negatives(self.path(step), local, self.dataset), documents
 
 
-class _RefreshedTable:
-    """Vectors of the catalogue that are computed again every few steps, equal on every rank."""
+class ItemContents:
+    """Contents [1 + N, D] of all items, which histories read, equal on every rank.
 
-    NAME: str  # in checkpoints
+    They are computed again every few steps. All ranks must call each of the methods.
+    """
+
+    NAME = "item_contents"  # in checkpoints
 
     def __init__(self, engine: Engine, dataset: Dataset, every_steps: int) -> None:
-        self._engine, self._dataset, self._every = engine, dataset, every_steps
+        self._engine = engine
+        self._dataset = dataset
+        self._every = every_steps
         self._table: Tensor | None = None  # None before the first step
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the vectors; nothing before the first step."""
+        """Return the contents; nothing before the first step."""
         return {} if self._table is None else {self.NAME: self._table}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the vectors of a checkpoint, of any number of ranks."""
+        """Restore the contents of a checkpoint, of any number of ranks."""
         if self.NAME in state:
             self._table = state[self.NAME].to(device())
-
-
-class CachedTexts(_RefreshedTable):
-    """Text vectors [N, H] of the catalogue. All ranks must call each of the methods.
-
-    All columns of a step have the text vectors of the last refresh, positives and negatives alike: newer ones of the
-    positives alone would tell them from the negatives, and a model learns this in place of the documents. Positives are
-    encoded in the step, for the gradient of the text encoder. MLP and tables are those of the step.
-    """
-
-    NAME = "catalogue_texts"
-
-    def complete(self, batch: Batch) -> Batch:
-        """Add the text vectors to the documents of a step, which computes them first if it is due.
-
-        Each document of the catalogue is one column on all ranks: a positive on the first rank that has it, any other
-        one on the rank of its share.
-        """
-        assert batch.stale is not None
-        if self._table is None or batch.step % self._every == 0:
-            deepspeed, texts = self._engine.deepspeed, texts_of(self._dataset.schema.doc)
-
-            def vectors(features: dict[str, Values]) -> Tensor:
-                return cast(Tensor, encode(deepspeed, doc_texts=features).W)
-
-            with timing.span("texts of the catalogue"):  # of all documents, in evaluation mode, without gradients
-                self._table = encode_whole_catalogue(deepspeed, self._dataset, texts, vectors, device())
-        rank, world_size = distributed.rank(), distributed.world_size()
-        fresh, stale = batch.doc_rows.split([batch.num_fresh, len(batch.doc_rows) - batch.num_fresh])
-        widths = cast(DualEncoder, self._engine.module).doc_tower.text_widths
-        doc, without = (dict(zip(widths, self._table[rows].split(list(widths.values()), dim=1), strict=True))
-                        for rows in (fresh, stale))  # fmt: skip
-        # rank of a document's column; that of its share if it is no positive on any rank
-        owner = torch.full((len(self._table),), world_size, device=stale.device)
-        owner[fresh] = rank
-        owner = distributed.all_reduce(owner, "min")
-        columns = torch.cat([owner[fresh] == rank, owner[stale] == world_size])
-        if batch.no_negative is not None:
-            columns &= ~batch.no_negative
-        return replace(
-            batch, doc={**batch.doc, **{CACHED + name: vectors for name, vectors in doc.items()}},
-            stale={**batch.stale, **without}, columns=columns,
-            counts=occurrences(batch.positive, len(columns)) + columns,
-        )  # fmt: skip
-
-
-class ItemContents(_RefreshedTable):
-    """Contents [1 + N, D] of all items, which histories read. All ranks must call each of the methods."""
-
-    NAME = "item_contents"
 
     def use(self, step: int) -> None:
         """Set the contents of a step in the model, which validations replace; compute them first if it is due."""

@@ -66,7 +66,7 @@ from bigdssm.training.engine import (
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
-from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents, contents_period
+from bigdssm.training.refresh import HardNegativeRefresh, ItemContents, contents_period
 from bigdssm.training.start import (
     NEW_ROWS,
     GrownReader,
@@ -268,14 +268,12 @@ def build_trainer(
         lambda: f"best {metric_label(stage.validation_metric)} {progress.best:.4f}" if isfinite(progress.best) else "",
     )  # fmt: skip
     row_log = partial(RowLog, folder, rank=rank, world_size=world_size, step=progress.step)
-    refresh = stage.negatives.refresh_every_steps
     contents = None
     if model.content_ids:
         contents = ItemContents(engine, dataset, contents_period(stage, stream.steps_per_epoch))
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
         batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
-        texts=CachedTexts(engine, dataset, refresh) if refresh else None,
         contents=contents,
         validator=Validator(
             dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,

@@ -234,7 +234,6 @@ class EncodedChunk:
     side: Chunked
     chunk: Chunk
     retain_graph: bool
-    first: int = 0  # index of the side's first vector among those of the batch
     encoded: Encoded | None = None
     state: RandomState | None = None
 
@@ -259,7 +258,7 @@ class EncodedChunk:
 
     def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
         """Return the vectors and biases with their gradients."""
-        index = self.first + self.side.outputs(self.chunk)
+        index = self.side.outputs(self.chunk)
         outputs = ((encoded.U, leaves.U), (encoded.W, leaves.W), (encoded.beta, leaves.beta))
         return [
             (output[: len(index)], _gradient(leaf)[index])
@@ -269,20 +268,15 @@ class EncodedChunk:
 
 
 def encoded_chunks(batch: Batch, plan: StepPlan) -> list[EncodedChunk]:
-    """Return the chunks of a plan that is not whole: of queries, of documents unless fixed, of stale documents."""
-    sides = [("query", Chunked(batch.query, plan.query, batch.query_positions), 0)]
+    """Return the chunks of a plan that is not whole: of queries, and of documents unless they are fixed."""
+    sides = [("query", Chunked(batch.query, plan.query, batch.query_positions))]
     if batch.doc_vectors is None:
-        sides.append(("doc", Chunked(batch.doc, plan.doc), 0))
-    if batch.stale is not None and plan.stale is not None:
-        sides.append(("doc", Chunked(batch.stale, plan.stale), batch.num_fresh))
-    chunks = [(name, side, chunk, first) for name, side, first in sides for chunk in side.plan.chunks]
+        sides.append(("doc", Chunked(batch.doc, plan.doc)))
+    chunks = [(name, side, chunk) for name, side in sides for chunk in side.plan.chunks]
     # the last chunks of the plan retain their graphs, those of fixed documents included, which are not encoded
     num_fixed = 0 if batch.doc_vectors is None else len(plan.doc.chunks)
     first_retained = len(chunks) + num_fixed - plan.num_retained
-    return [
-        EncodedChunk(name, side, chunk, i >= first_retained, first)
-        for i, (name, side, chunk, first) in enumerate(chunks)
-    ]
+    return [EncodedChunk(name, side, chunk, i >= first_retained) for i, (name, side, chunk) in enumerate(chunks)]
 
 
 def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChunk]) -> tuple[Encoded, TowersBackward]:
@@ -290,13 +284,14 @@ def _encode_in_chunks(engine: StepEngine, batch: Batch, chunks: list[EncodedChun
     _refuse_batch_statistics(engine.module)
     outputs = [chunk.encode(engine) for chunk in chunks]
     alpha = outputs[-1].alpha
-    by_side: dict[Chunked, list[Encoded]] = {}
+    by_side: dict[str, list[Encoded]] = {"query": [], "doc": []}
     for chunk, output in zip(chunks, outputs, strict=True):
-        by_side.setdefault(chunk.side, []).append(output)
-    U = _assembled(by_side, [chunks[0].side], "U")
-    documents = list(by_side)[1:]  # fresh and stale ones
+        by_side[chunk.name].append(output)
+    U = _assembled(chunks[0].side, by_side["query"], "U")
     if batch.doc_vectors is None:
-        W, beta = _assembled(by_side, documents, "W"), _assembled(by_side, documents, "beta")
+        documents = chunks[-1].side
+        W = _assembled(documents, by_side["doc"], "W")
+        beta = _assembled(documents, by_side["doc"], "beta")
     else:
         W, beta = _fixed_columns(engine, batch, alpha)
     return Encoded(U, W, beta, alpha), partial(_backward_in_chunks, engine, chunks)
@@ -416,13 +411,10 @@ def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget:
     ]
 
 
-def _assembled(outputs: Mapping[Chunked, list[Encoded]], sides: Sequence[Chunked], part: str) -> Tensor | None:
-    """Return a part of the outputs of `sides` in the order of the batch, None if the model has no such output."""
-    parts = [[getattr(output, part) for output in outputs[side]] for side in sides]
-    if not parts or parts[0][0] is None:
-        return None
-    assembled = [side.assemble(of_side) for side, of_side in zip(sides, parts, strict=True)]
-    return torch.cat(assembled) if len(assembled) > 1 else assembled[0]
+def _assembled(side: Chunked, outputs: Sequence[Encoded], part: str) -> Tensor | None:
+    """Return a part of the outputs of a side in the order of the batch, None if the model has no such output."""
+    parts = [getattr(output, part) for output in outputs]
+    return None if parts[0] is None else side.assemble(parts)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from bigdssm.training.engine import Engine, device
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
-from bigdssm.training.refresh import CachedTexts, HardNegativeRefresh, ItemContents
+from bigdssm.training.refresh import HardNegativeRefresh, ItemContents
 from bigdssm.training.start import StageProgress, StartPoint
 from bigdssm.training.step import LossFunction, RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
@@ -63,7 +63,6 @@ class Trainer:
     objective: Objective
     loss_function: LossFunction  # the objective, unless fault injection replaces it
     mining: HardNegativeRefresh
-    texts: CachedTexts | None  # of the catalogue, with negatives.refresh_every_steps
     contents: ItemContents | None  # of items, with model.query.history.items
     validator: Validator
     average: WeightAverage | None
@@ -174,8 +173,6 @@ class Trainer:
         segment_steps = self.total_steps - progress.segment_start_step
         applied = progress.applied - progress.segment_start_applied
         lr_factor = self.lr_ratio * schedule_factor(applied, segment_steps, stage.optimizer)
-        if self.texts is not None:
-            batch = self.texts.complete(batch)
         if self.contents is not None:
             self.contents.use(batch.step)
         extra_inputs = self.objective.model_inputs(batch)
@@ -285,7 +282,6 @@ class Trainer:
             },
             "common": self.objective.state_dict()
             | ({} if self.average is None else self.average.state_dict())
-            | ({} if self.texts is None else self.texts.state_dict())
             | ({} if self.contents is None else self.contents.state_dict())
             | self.selection.state_dict()
             | {TRAINED_CODES + n: torch.tensor(codes) for n, codes in self.stream.dataset.schema.trained.items()},
@@ -309,8 +305,6 @@ class Trainer:
             RandomState(random["cpu"], random.get("device")).restore()
         if start.same_segment:
             self.selection.load_state_dict(common)
-            if self.texts is not None:
-                self.texts.load_state_dict(common)
             if self.contents is not None:
                 self.contents.load_state_dict(common)
             self.stream.step = self.stream_step = start.checkpoint.state["stream"]["step"]

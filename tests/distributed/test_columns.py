@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,10 @@ from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
 from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import item_contents
-from bigdssm.training.batches import BatchBuilder, row_stream
+from bigdssm.training.batches import row_stream
 from bigdssm.training.objective import Objective, catalogue_share
 from bigdssm.training.optimizers import parameter_groups, schedule_factor
-from bigdssm.training.refresh import CachedTexts
+from bigdssm.training.refresh import ItemContents
 from bigdssm.training.trainer import Trainer
 
 from . import small_run
@@ -250,20 +249,14 @@ def test_a_run_begins_at_the_softmax_over_all_documents(
 
 
 REFRESHED = (
-    *CATALOGUE, "pretrain.rows_global=24", "pretrain.negatives.refresh_every_steps=2", "pretrain.steps=5",
+    *CATALOGUE, "pretrain.rows_global=24", "pretrain.steps=5",
     "pretrain.optimizer.gradient_clipping=2.0", "model.query.history.items=both",
     "pretrain.refresh_contents_every_steps=3",
 )  # fmt: skip
 
 
-WITHDRAWN = [3, 30]
-
-
 def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
-    """Return the losses and gradient norms of a plain loop over all documents, with the texts of the last refresh.
-
-    Those of the step's positives have the gradient of the text encoder.
-    """
+    """Return losses and gradient norms of a plain loop over all documents, with the contents of the last refresh."""
     config = load_config(path, overrides)
     stage, dataset = config.pretrain, open_dataset(config.data).with_trained_ids()
     dataset = dataset.with_rules(replace(dataset.rules, item_rows=True))
@@ -272,21 +265,14 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
     optimizer = stage.optimizer.build(parameter_groups(model, stage.optimizer))
     doc = to_features(dataset.schema.doc, dataset.catalogue.columns(np.arange(num_docs)))
-    constants = torch.empty(0)
     for step, rows in zip(range(stage.steps), row_stream(config, stage, dataset, 0, 1), strict=False):
-        texts = model.text["doc"](doc["title"])
-        if step % stage.negatives.refresh_every_steps == 0:
-            constants = texts.detach()
         if step % stage.refresh_contents_every_steps == 0:
             with torch.no_grad():
                 ids = torch.full((num_docs,), OUT_OF_VOCABULARY)
                 contents = model(doc={**doc, "item_id": ids}).W
             model.set_contents(torch.cat([torch.zeros(1, config.model.dim), contents]))
-        positive = torch.from_numpy(np.isin(np.arange(num_docs), rows.doc_rows))
-        assert 0 < int(positive.sum()) < num_docs
-        texts = torch.where(positive[:, None], constants + texts - texts.detach(), constants)
         query = Collator(dataset.schema, dataset.catalogue)(rows).query
-        found = model(query=query, doc={**doc, "title": texts})
+        found = model(query=query, doc=doc)
         loss = cross_entropy(found.alpha * found.U @ found.W.T + found.beta, torch.tensor(rows.doc_rows))
         optimizer.zero_grad()
         loss.backward()
@@ -299,10 +285,10 @@ def plain_curve(path: Path, overrides: tuple[str, ...]) -> list[tuple[float, flo
 
 
 @pytest.mark.slow
-def test_stale_texts_are_constants_of_the_last_refresh(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+def test_contents_of_items_are_those_of_the_last_refresh(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
     """Losses and gradients are those of a plain loop, at any number of ranks and chunks, and ZeRO stage.
 
-    So are the contents of items in histories, which validations in between do not change.
+    Validations in between do not change the contents.
     """
     validated = (*REFRESHED, "pretrain.validate_every_steps=1")
     right = plain_curve(config, validated)
@@ -319,63 +305,18 @@ def test_stale_texts_are_constants_of_the_last_refresh(config: Path, tmp_path: P
         for record, (loss, norm) in zip(records, right, strict=True):
             assert record["loss"] == pytest.approx(loss, rel=1e-5)
             assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert all("texts of the catalogue" in record["seconds"] for record in records[::2])
-        assert all("texts of the catalogue" not in record["seconds"] for record in records[1::2])
+        computed = [step for step, record in enumerate(records) if "contents of items" in record["seconds"]]
+        assert computed == [0, 3]
 
 
-def run_columns(rank: int, world_size: int, config: Path) -> tuple[Batch, Tensor, Tensor]:
-    """Return this rank's first batch with its stale columns, and the titles' vectors of its stale documents."""
-    loaded = load_config(config, REFRESHED)
-    dataset = open_dataset(loaded.data).with_trained_ids()
-    dataset.catalogue.withdrawn = np.array(WITHDRAWN)
-    torch.manual_seed(0)  # the same model on all ranks
-    model = new_model(loaded.model, dataset.schema, dataset.vocab_size).train()
-    stream = row_stream(loaded, loaded.pretrain, dataset, rank, world_size)
-    texts = CachedTexts(SimpleNamespace(module=model, deepspeed=model), dataset, 2)  # type: ignore[arg-type]
-    batch = texts.complete(BatchBuilder(stream, loaded.pretrain, id_dropout=0.4)(next(iter(stream))))
-    stale = batch.doc_rows[batch.num_fresh :].numpy()
-    titles = to_features({"title": dataset.schema.doc["title"]}, {"title": dataset.catalogue.column("title", stale)})
-    with torch.no_grad():
-        return batch, texts.state_dict()["catalogue_texts"], model.eval().text["doc"](titles["title"])
-
-
-def test_a_document_is_one_column_fresh_where_it_is_a_positive(config: Path, pools: dict[int, Pool]) -> None:
-    (first, table, titles), (second, same, _) = pools[2].run(run_columns, config)
-    assert first.stale is not None and first.columns is not None and second.columns is not None
-    torch.testing.assert_close(first.stale["title"], titles)
-    assert torch.equal(first.doc["cached title"], table[first.doc_rows[: first.num_fresh]])
-    assert torch.equal(table, same) and len(table) == small_run.NUM_ITEMS
-    torch.testing.assert_close(table[first.doc_rows[first.num_fresh :]], titles)
-    positives = [set(batch.doc_rows[: batch.num_fresh].tolist()) for batch in (first, second)]
-    assert positives[0] & positives[1], "a positive of both ranks"
-    assert positives[0] & set(second.doc_rows[second.num_fresh :].tolist()), "a positive that is stale on another rank"
-    columns = [batch.doc_rows[batch.columns].tolist() for batch in (first, second)]
-    catalogue = open_dataset(load_config(config, REFRESHED).data).with_trained_ids().catalogue
-    unknown = np.flatnonzero(catalogue.codes("item_id", np.arange(small_run.NUM_ITEMS)) == OUT_OF_VOCABULARY)
-    expected = np.setdiff1d(np.arange(small_run.NUM_ITEMS), [*WITHDRAWN, *unknown])
-    assert sorted(columns[0] + columns[1]) == expected.tolist() and len(unknown) > 0
-    assert (positives[0] | positives[1]) & set(WITHDRAWN), "rows of withdrawn documents are learned"
-    dropped: dict[int, bool] = {}  # by document, the same in each of its copies
-    for batch in (first, second):
-        assert batch.stale is not None
-        codes = torch.cat([batch.doc["item_id"], batch.stale["item_id"]])
-        for row, is_dropped in zip(batch.doc_rows.tolist(), (codes == OUT_OF_VOCABULARY).tolist(), strict=True):
-            assert dropped.setdefault(row, is_dropped) == is_dropped
-    assert 10 < sum(dropped.values()) < 30
-    for batch, fresh in zip((first, second), positives, strict=True):
-        used = set(batch.doc_rows[batch.columns].tolist())
-        assert not (used - fresh) & (positives[0] | positives[1])
-    assert sum(int(batch.counts.sum()) for batch in (first, second)) == 24 + len(columns[0] + columns[1])
-
-
-def restored(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> dict[str, Tensor]:
-    """Resume without a step; return the text vectors of all documents, and the contents of all items."""
+def restored(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> Tensor:
+    """Resume without a step; return the contents of all items."""
     with pytest.MonkeyPatch.context() as patch:
         found = []
 
         def train(trainer: Trainer) -> Any:
-            assert trainer.texts is not None and trainer.contents is not None
-            found.append({**trainer.texts.state_dict(), **trainer.contents.state_dict()})
+            assert trainer.contents is not None
+            found.append(trainer.contents.state_dict()[ItemContents.NAME])
             return trainer.progress
 
         patch.setattr(Trainer, "train", train)
@@ -383,29 +324,22 @@ def restored(rank: int, world_size: int, config: Path, run_dir: Path, overrides:
     return found[0]
 
 
-def tables(run_dir: Path, step: int) -> dict[str, Tensor]:
-    return {name: common(run_dir, step)[name] for name in ("catalogue_texts", "item_contents")}
-
-
 @pytest.mark.slow
-def test_a_resume_has_the_text_vectors_and_contents_of_the_checkpoint(
-    config: Path, tmp_path: Path, pools: dict[int, Pool]
-) -> None:
-    """A resumed run ends with the same bits; on other ranks it begins with the same tables."""
+def test_a_resume_has_the_contents_of_the_checkpoint(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """A resumed run ends with the same bits; on other ranks it begins with the same contents."""
     options = (
-        *REFRESHED, "pretrain.negatives.refresh_every_steps=4", "pretrain.refresh_contents_every_steps=5",
-        "pretrain.save_every_steps=3", "pretrain.steps=6", "engine.chunk_tokens=100",
+        *REFRESHED, "pretrain.refresh_contents_every_steps=5", "pretrain.save_every_steps=3", "pretrain.steps=6",
+        "engine.chunk_tokens=100",
     )  # fmt: skip
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
     pools[2].run(small_run.run, config, whole, options)
     pools[2].run(stop_after, config, cut, options, 3)
-    saved = tables(cut, 3)
+    saved = common(cut, 3)[ItemContents.NAME]
     shutil.copytree(cut, other)
     pools[2].run(small_run.run, config, cut, options, "pretrain", True)
     first, second = (merged(run_dir / "pretrain" / "checkpoints" / "step-00000006") for run_dir in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    refreshed, again = tables(whole, 6), tables(cut, 6)
-    for name, table in refreshed.items():
-        assert torch.equal(table, again[name]) and not torch.equal(table, saved[name])
-    for state in pools[3].run(restored, config, other, options):
-        assert state.keys() == saved.keys() and all(torch.equal(state[name], saved[name]) for name in saved)
+    refreshed, again = (common(run_dir, 6)[ItemContents.NAME] for run_dir in (whole, cut))
+    assert torch.equal(refreshed, again) and not torch.equal(refreshed, saved)
+    for contents in pools[3].run(restored, config, other, options):
+        assert torch.equal(contents, saved)

@@ -378,14 +378,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["sft.negatives.hard: got 3, needs 0", "sft.negatives.columns"],
         ),
         (
-            "pretrain.negatives.refresh_every_steps=9",
-            ["pretrain.negatives.columns: got batch, needs catalogue with pretrain.negatives.refresh_every_steps=9"],
-        ),
-        (
-            "pretrain={negatives: {columns: catalogue, refresh_every_steps: 9}}",
-            ["data.doc: got no text, needs a text with pretrain.negatives.refresh_every_steps=9"],
-        ),
-        (
             "pretrain={sampling: {name: none, frequency: streaming}}",
             ["unknown key pretrain.sampling.frequency: none has"],
         ),

@@ -20,6 +20,7 @@ from bigdssm.checkpoints import checkpoint, model_folder
 from bigdssm.cli import PLUGINS
 from bigdssm.commands import make_shards
 from bigdssm.config.keys import SourceConfig, StageConfig
+from bigdssm.config.removed import REMOVED_KEYS
 from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
@@ -115,7 +116,8 @@ NO_KEYS = {  # attributes in code, and keys that the changelog renames
 def test_keys_files_tests_and_options_exist(doc: Path) -> None:
     text = re.sub(r"\\\n *", " ", doc.read_text("utf-8"))
     schema = (ROOT / "configs/config.schema.json").read_text("utf-8")
-    keys = set(re.findall(r'"(\w+)": \{', schema)) | NO_KEYS
+    removed = {key.rpartition(".")[2] for key in REMOVED_KEYS}
+    keys = set(re.findall(r'"(\w+)": \{', schema)) | NO_KEYS | removed
     named = [key.split(".")[1:] for key in re.findall(rf"\b(?:{SECTIONS})(?:\.[a-z_]+)+", text)]
     assert not [key for key in named if not keys.issuperset(key) and key[-1] not in SUFFIXES]
     folders = "bigdssm|tools|launch|tests|losses|models|features|ingest|retrieval|training|evaluation"

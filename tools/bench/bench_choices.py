@@ -6,8 +6,7 @@
 negatives: the other documents of the batch (`in-batch`), with the logQ correction (`corrected`), with additional
 uniformly sampled documents (`corrected + uniform`), or the whole catalogue. blocks, depth: type and number of history
 layers. items: random initialization of item embeddings, or a warm start from item co-occurrence. recipes: products with
-a warm start, as in configs/movielens_1m.yaml, or cosines as in configs/amazon_beauty_attributes.yaml. refresh: steps
-between encodings of the texts of the whole catalogue (0: they are encoded in every step, with gradient).
+a warm start, as in configs/movielens_1m.yaml, or cosines as in configs/amazon_beauty_attributes.yaml.
 
 The dataset of the config must exist; runs are in RUN/CHOICE (RUN: run.dir of the config) and are resumed. Models are
 selected on validation and evaluated once on test, with a standard error over the queries.
@@ -51,7 +50,6 @@ CHOICES = {
             "model.query.history.item_scale=true",
         ],
     },
-    "refresh": {str(steps): [f"pretrain.negatives.refresh_every_steps={steps}"] for steps in (0, 1, 10, 50)},
 }  # fmt: skip
 
 

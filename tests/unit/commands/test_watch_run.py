@@ -91,7 +91,10 @@ def test_two_runs_are_compared_in_all_they_differ_in(
     for seed, name in enumerate(("first", "second")):
         folder = write_stage(tmp_path / name, end={"event": "end", "exit_code": 0, "reason": "finished"}, losses=[4.0])
         config = load_config(tiny_pairs.config, [f"run.dir={tmp_path / name}", f"pretrain.rows_global={256 << seed}"])
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        content = config.to_dict()
+        if name == "first":  # of an earlier version: a removed key at its former default is no difference
+            content["pretrain"]["negatives"]["refresh_every_steps"] = 0
+        (folder / "config.yaml").write_text(yaml.safe_dump(content))
         torch.manual_seed(seed)
         model = new_model(config.model, dataset.schema, dataset.vocab_size)
         provenance = {"dataset": dataset.fingerprint}

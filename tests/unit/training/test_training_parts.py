@@ -114,7 +114,7 @@ def test_progress_and_reports_are_read_as_they_were_written() -> None:
     assert StageProgress.from_state_dict(state) == progress
     report = RankReport(1.0, 0.0, 5.0, RowCounts(0.0, 1.5, 64.0), ChunkCounts(2, 3, 1, 0))
     row = torch.tensor(report.numbers(), dtype=torch.float64).tolist()
-    assert RankReport.of_numbers(row) == report and len(row) == 12
+    assert RankReport.of_numbers(row) == report and len(row) == 10
     assert all(type(number) is int for number in RankReport.of_numbers(row).chunks)
 
 
@@ -461,22 +461,20 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
 def test_one_reduction_agrees_on_chunks_and_retained_graphs() -> None:
     """As many graphs are retained as fit on every rank; filler chunks count as nothing."""
     generator = np.random.default_rng(0)
-    seen, seen_stale = set(), set()
-    for turn in range(120):
+    seen = set()
+    for _ in range(120):
         drafts = []
         budget = TokenBudget(chunk_tokens=12, retained_tokens=int(generator.integers(0, 80)))
         for _ in range(3):
             sides = [{"text": ragged_lengths(generator.integers(0, 9, generator.integers(0, 12)))} for _ in range(2)]
-            num_fresh = len(sides[1]["text"].filled)
             batch = SimpleNamespace(
                 query_lengths=sides[0], doc_lengths=sides[1], queries_of_row=None, row_ids=sides[0]["text"].filled,
-                doc_ids=range(num_fresh + int(generator.integers(0, 40))), doc=sides[1], num_fresh=num_fresh,
-                stale={} if turn % 2 else None, stale_lengths={},
+                doc_ids=sides[1]["text"].filled, doc=sides[1],
             )  # fmt: skip
             drafts.append(plan_locally(batch, budget))  # type: ignore[arg-type]
         most = ChunkCounts(*(max(numbers) for numbers in zip(*(draft.counts for draft in drafts), strict=True)))
         plans = [draft.synchronized(most) for draft in drafts]
-        groups = [[plan.query, plan.doc, *([] if plan.stale is None else [plan.stale])] for plan in plans]
+        groups = [[plan.query, plan.doc] for plan in plans]
         sizes = {(plan.whole, plan.num_retained, *(len(side.chunks) for side in group))
                  for plan, group in zip(plans, groups, strict=True)}  # fmt: skip
         assert len(sizes) == 1
@@ -487,11 +485,8 @@ def test_one_reduction_agrees_on_chunks_and_retained_graphs() -> None:
             tokens = [chunk.tokens if chunk.num_rows else 0 for side in group for chunk in side.chunks]
             fitting.append(int((np.cumsum(tokens[::-1]) <= budget.retained_tokens).sum()))
         assert plans[0].num_retained == min(fitting)
-        if (stale := plans[0].stale) is None:
-            seen.add(np.sign(plans[0].num_retained - len(plans[0].doc.chunks)))
-        else:
-            seen_stale.add(np.sign(plans[0].num_retained - len(stale.chunks)))
-    assert seen == seen_stale == {-1, 0, 1}
+        seen.add(np.sign(plans[0].num_retained - len(plans[0].doc.chunks)))
+    assert seen == {-1, 0, 1}
 
 
 def ragged_lengths(lengths: np.ndarray) -> ListLengths:

@@ -1,0 +1,114 @@
+"""Keys of earlier versions: dropped from written configs at their former defaults, refused otherwise."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
+from bigdssm.config import Config, config_from, load_config, load_written_config
+from bigdssm.config.removed import REMOVED_KEYS, without_former_defaults
+from bigdssm.dataset.dataset import Dataset
+from bigdssm.errors import CheckpointError, ConfigError
+from bigdssm.models import new_model
+from bigdssm.training.start import check_folder
+from tests.conftest import TinyDataset
+
+KEYS = sorted(REMOVED_KEYS)
+
+
+def with_key(config: Config, key: str, value: Any) -> dict[str, Any]:
+    """Return the content of a config that an earlier version wrote."""
+    content = config.to_dict()
+    section = content
+    *sections, name = key.split(".")
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    return content
+
+
+@pytest.fixture(scope="module")
+def config(tiny_pairs: TinyDataset, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A config with every section."""
+    run_dir = tmp_path_factory.mktemp("run")
+    return load_config(tiny_pairs.config, [f"run.dir={run_dir}", "sft.rows_global=64"])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_former_default_in_a_written_config_is_dropped(key: str, config: Config, tmp_path: Path) -> None:
+    """A run folder's file, and the content of a checkpoint, which stays as it is."""
+    content = with_key(config, key, REMOVED_KEYS[key].default)
+    written = copy.deepcopy(content)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert load_written_config(path) == config == config_from(tmp_path / "manifest.json", content)
+    assert content == written
+    assert without_former_defaults(content) == config.to_dict()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_another_value_in_a_written_config_is_refused(key: str, config: Config, tmp_path: Path) -> None:
+    content = with_key(config, key, 9)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    expected = f"{path}: {key}: got 9, needs no such key, which was removed: {REMOVED_KEYS[key].alternative}"
+    for read in (load_written_config, lambda source: config_from(source, content)):
+        with pytest.raises(ConfigError) as refused:
+            read(path)
+        assert str(refused.value) == expected
+    assert without_former_defaults(content) == content
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_users_file_and_command_line_have_no_removed_key(key: str, config: Config, tmp_path: Path) -> None:
+    """Not even at its former default: the file is the user's own, and can be changed."""
+    default = REMOVED_KEYS[key].default
+    path, plain = tmp_path / "config.yaml", tmp_path / "plain.yaml"
+    path.write_text(yaml.safe_dump(with_key(config, key, default)))
+    plain.write_text(yaml.safe_dump(config.to_dict()))
+    for source, overrides in ((path, []), (plain, [f"{key}={default}"])):
+        with pytest.raises(ConfigError) as refused:
+            load_config(source, overrides)
+        expected = f"{source}: {key}: got {default}, needs no such key, which was removed: "
+        assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_stage_folder_of_an_earlier_version_is_resumed(key: str, config: Config) -> None:
+    folder = config.stage_dir("pretrain")
+    folder.mkdir(exist_ok=True)
+    written = folder / "config.yaml"
+    written.write_text(yaml.safe_dump(with_key(config, key, REMOVED_KEYS[key].default)))
+    check_folder(config, "pretrain", resume=True)
+    written.write_text(yaml.safe_dump(with_key(config, key, 9)))
+    with pytest.raises(CheckpointError, match=f"cannot be compared with the run's: {key}: got 9, needs no such key"):
+        check_folder(config, "pretrain", resume=True)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_model_folder_of_an_earlier_version_loads(
+    key: str, config: Config, tiny_pairs: TinyDataset, tmp_path: Path
+) -> None:
+    dataset = Dataset.open(tiny_pairs.dir)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
+    save_model_folder(tmp_path / "best", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "pretrain"})
+    written = tmp_path / "best" / "config.yaml"
+    written.write_text(yaml.safe_dump(with_key(config, key, REMOVED_KEYS[key].default)))
+    assert load_model_folder(tmp_path / "best").config == config
+    written.write_text(yaml.safe_dump(with_key(config, key, 9)))
+    with pytest.raises(CheckpointError, match=f"{key}: got 9, needs no such key"):
+        load_model_folder(tmp_path / "best")
+
+
+def test_removed_keys_are_no_keys() -> None:
+    for key in KEYS:
+        content: Any = Config().to_dict() | {"sft": Config().to_dict()["pretrain"]}
+        *sections, name = key.split(".")
+        for part in sections:
+            content = content[part]
+        assert name not in content
