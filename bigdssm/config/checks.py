@@ -314,7 +314,6 @@ def _check_tables(config: Config) -> None:
                 f"model.tables.rows=[{side}.{name}]",
             )  # fmt: skip
     hashed = any(feature.hash_buckets for features in sides.values() for feature in categorical_of(features).values())
-    cached, memory = config.engine.table_cache_rows, config.engine.table_memory
     both = sorted(set(tables.rows) & set(tables.replicated))
     require_all(
         (
@@ -324,10 +323,6 @@ def _check_tables(config: Config) -> None:
         (
             hashed or not tables.hash_rows, "model.tables.hash_rows", tables.hash_rows,
             "0 without a categorical feature with hash_buckets, whose ids share the rows",
-        ),
-        (
-            not cached or memory != "device", "engine.table_memory", memory,
-            f"host or file with table_cache_rows={cached}",
         ),
         (not both, "model.tables.rows", ", ".join(both), "other features than model.tables.replicated"),
     )  # fmt: skip

@@ -28,6 +28,13 @@ _STALE_TEXTS = RemovedKey(
 REMOVED_KEYS: dict[str, RemovedKey] = {
     "pretrain.negatives.refresh_every_steps": _STALE_TEXTS,
     "sft.negatives.refresh_every_steps": _STALE_TEXTS,
+    "engine.table_cache_rows": RemovedKey(
+        default=0,
+        alternative=(
+            "no measurement showed a gain of a cache on the device; delete the key: table_memory: device has all rows "
+            "on the device, and host or file none"
+        ),
+    ),
 }
 
 

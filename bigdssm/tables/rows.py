@@ -1,4 +1,4 @@
-"""Rows of a table on this rank: their division over ranks, initial values, and storage with an index and a cache.
+"""Rows of a table on this rank: their division over ranks, initial values, and storage with an index.
 
 A row belongs to one of SHARDS virtual shards, and a rank owns a range of shards, so that a table saved by any number of
 ranks can be read by any other. A row that was never updated is not stored: its value is a function of (seed, table,
@@ -8,7 +8,6 @@ row). Shapes: n rows, d width of a row.
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -227,96 +226,6 @@ class RowIndex:
         return (mix64(rows, 0) % np.uint64(len(self._entries))).astype(np.int64)
 
 
-class RowCache:
-    """The rows that were used last, with their optimizer states; rows that changed are written when they are replaced.
-
-    Shapes: n distinct positions in the storage, R rows of the cache.
-    """
-
-    def __init__(self, stored: Mapping[str, Tensor], rows: int, device: torch.device) -> None:
-        """`stored`: tensors [size, d] of the storage, by name, in host memory; `rows`: R."""
-        self._device = device
-        self._cached = {
-            name: torch.zeros(rows, tensor.shape[1], dtype=tensor.dtype, device=device)
-            for name, tensor in stored.items()
-        }
-        self._position = np.full(rows, ABSENT, np.int64)
-        self._last_use = np.zeros(rows, np.int64)  # number of the read
-        self._changed = np.zeros(rows, bool)
-        self._reads = 0
-        self.use(stored)
-
-    def use(self, stored: Mapping[str, Tensor]) -> None:
-        """Use these tensors of the storage, for example larger copies of those before. The cache must be clear."""
-        self._stored = stored
-        self._slot_of = np.zeros(len(next(iter(stored.values()))), np.int32)  # a slot plus 1; 0: not in the cache
-
-    def hits(self, positions: np.ndarray) -> int:
-        """Return the number of positions that are in the cache."""
-        return int(np.count_nonzero(self._slot_of[positions]))
-
-    def read(self, positions: np.ndarray) -> dict[str, Tensor]:
-        """Return the tensors [n, d] of positions, on the device, and keep them as long as there is space."""
-        slots = self._slot_of[positions].astype(np.int64) - 1
-        missing = np.flatnonzero(slots == ABSENT)
-        self._reads += 1
-        self._last_use[slots[slots != ABSENT]] = self._reads
-        # missing rows replace those that were used longest ago
-        unused = np.flatnonzero(self._last_use < self._reads)
-        missing = missing[: len(unused)]
-        if len(missing) < len(unused):
-            unused = unused[np.argpartition(self._last_use[unused], len(missing))[: len(missing)]]
-        self._write_back(unused[self._changed[unused]])
-        replaced, new = self._position[unused], positions[missing]
-        self._slot_of[replaced[replaced != ABSENT]] = 0
-        self._slot_of[new] = unused + 1
-        self._position[unused], self._last_use[unused] = new, self._reads
-        for name, stored in self._stored.items():
-            rows = to_device(stored[torch.from_numpy(new)], self._device)
-            self._cached[name].index_copy_(0, self._index(unused), rows)
-        slots[missing] = unused
-        # positions without space are read from the storage
-        inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
-        tensors = {}
-        for name, stored in self._stored.items():
-            tensors[name] = torch.empty(len(positions), stored.shape[1], dtype=stored.dtype, device=self._device)
-            tensors[name].index_copy_(0, self._index(inside), self._cached[name][self._index(slots[inside])])
-            stored_rows = to_device(stored[torch.from_numpy(positions[outside])], self._device)
-            tensors[name].index_copy_(0, self._index(outside), stored_rows)
-        return tensors
-
-    def write(self, positions: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
-        """Set positions to tensors [n, d]."""
-        slots = self._slot_of[positions].astype(np.int64) - 1
-        inside, outside = np.flatnonzero(slots != ABSENT), np.flatnonzero(slots == ABSENT)
-        self._changed[slots[inside]] = True
-        for name, tensor in tensors.items():
-            cached_rows = tensor[torch.from_numpy(inside).to(tensor.device)].to(self._cached[name])
-            self._cached[name].index_copy_(0, self._index(slots[inside]), cached_rows)
-            stored_rows = tensor[torch.from_numpy(outside).to(tensor.device)].to(self._stored[name])
-            self._stored[name].index_copy_(0, torch.from_numpy(positions[outside]), stored_rows)
-
-    def flush(self) -> None:
-        """Write all changed rows to the storage."""
-        self._write_back(np.flatnonzero(self._changed))
-
-    def clear(self) -> None:
-        """Write all changed rows to the storage, and keep none."""
-        self.flush()
-        self._slot_of[self._position[self._position != ABSENT]] = 0
-        self._position[:] = ABSENT
-        self._last_use[:] = 0
-
-    def _write_back(self, slots: np.ndarray) -> None:
-        for name, stored in self._stored.items():
-            rows = self._cached[name][self._index(slots)].to(stored.device)
-            stored.index_copy_(0, torch.from_numpy(self._position[slots]), rows)
-        self._changed[slots] = False
-
-    def _index(self, numbers: np.ndarray) -> Tensor:
-        return to_device(torch.from_numpy(numbers), self._device)
-
-
 class RowStore:
     """The rows of one table on this rank, with their optimizer states; memory is allocated as rows are written.
 
@@ -325,12 +234,9 @@ class RowStore:
 
     def __init__(
         self, spec: TableSpec, key: int, partition: RowPartition, optimizer: TableOptimizerConfig,
-        device: torch.device, folder: Path | None = None, cache_rows: int = 0, cache_device: torch.device | None = None,
+        device: torch.device, folder: Path | None = None,
     ) -> None:  # fmt: skip
-        """`device`: of the storage; `folder`: of temporary files that hold it instead of memory.
-
-        cache_rows: rows of it that are kept on `cache_device`, too; 0: none.
-        """
+        """`device`: of the storage; `folder`: of temporary files that hold it instead of memory."""
         self.spec, self.partition, self.key, self._optimizer = spec, partition, key, optimizer
         self._device, self._folder = device, folder
         if folder is not None:
@@ -341,8 +247,6 @@ class RowStore:
         widths = optimizer.state_widths(spec.dim)
         self._states = list(widths)
         self.stored = {name: self._allocate(name, size, n) for name, n in {"values": spec.dim, **widths}.items()}
-        self._cache = RowCache(self.stored, cache_rows, cache_device or device) if cache_rows and size else None
-        self.num_read = self.num_hits = 0  # stored rows that were read, and those of them that were in the cache
         # On the host, where rows are known before they are read: the step of the last update plus 1, 0 for none; and
         # the number of steps with the row, up to `admit_after`.
         self.updated: np.ndarray = self._on_host(size, 1, np.int32).reshape(-1)
@@ -398,8 +302,6 @@ class RowStore:
 
     def _release(self, positions: np.ndarray, step: int) -> None:
         """Return rows to their initial values, and free their slots."""
-        if self._cache is not None:
-            self._cache.clear()
         self._released.append((step, self._rows(positions)))
         if sum(len(rows) for _, rows in self._released) > len(self.updated):  # no more than the table itself
             self._released, self.evictions_known_from = [], step + 1
@@ -415,17 +317,12 @@ class RowStore:
         """Double the number of slots, and the arrays one by one."""
         assert self._slots is not None
         self._slots.grow()
-        if self._cache is not None:
-            self._cache.clear()
         size = len(self._slots.rows)
         for name, stored in self.stored.items():
             self.stored[name] = self._allocate(name, size, stored.shape[1])
             if name in self._files:
                 self._files[name].reserve(np.arange(len(stored)))
             self.stored[name][: len(stored)] = stored
-        if self._cache is not None:
-            self._cache.use(self.stored)
-
         updated = self._on_host(size, 1, np.int32).reshape(-1)
         updated[: len(self.updated)] = self.updated
         self.updated = updated
@@ -450,18 +347,10 @@ class RowStore:
         return np.asarray((last >= 0) & (step - last > limit) if limit else np.zeros(len(positions), bool))
 
     def read(self, rows: np.ndarray, step: int) -> Tensor:
-        """Return this rank's rows before `step`, float32 [n, d] on the device of the storage, or of its cache."""
+        """Return this rank's rows before `step`, float32 [n, d] on the device of the storage."""
         positions = self._positions(rows)
-        stored = np.flatnonzero(self.updated[positions])
-        if self._cache is not None and len(stored):
-            distinct, inverse = np.unique(positions[stored], return_inverse=True)  # several ranks may request a row
-            self.num_read += len(distinct)
-            self.num_hits += self._cache.hits(distinct)
-            cached = self._cache.read(distinct)["values"].float()
-            values = cached.new_empty(len(rows), self.spec.dim)
-            index, source = (to_device(torch.from_numpy(numbers), values.device) for numbers in (stored, inverse))
-            values.index_copy_(0, index, cached[source])
-        elif self._files:  # only stored rows are read: tmpfs adds blocks to pages that are read
+        if self._files:  # only stored rows are read: tmpfs adds blocks to pages that are read
+            stored = np.flatnonzero(self.updated[positions])
             values = torch.zeros(len(rows), self.spec.dim)
             values[stored] = self.stored["values"][positions[stored]].float()
         else:
@@ -480,11 +369,8 @@ class RowStore:
     def update(self, rows: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
         positions = self._assign(rows, step)
-        if self._cache is None:
-            index = self._index(positions)
-            states = {name: stored[index] for name, stored in self.stored.items()}
-        else:
-            states = self._cache.read(positions)
+        index = self._index(positions)
+        states = {name: stored[index] for name, stored in self.stored.items()}
         values = self._with_initial(states.pop("values").float(), rows, positions, step)
         if len(expired := np.flatnonzero(self._expired(positions, step))):
             for state in states.values():
@@ -548,8 +434,6 @@ class RowStore:
 
     def content_of(self, rows: np.ndarray, positions: np.ndarray, *, states: bool) -> dict[str, Tensor]:
         """Return the `content` of rows at positions of the storage."""
-        if self._cache is not None:
-            self._cache.flush()
         content = {"rows": torch.from_numpy(rows), "values": self._copied(self.stored["values"], positions)}
         if states:
             content["updated"] = torch.from_numpy(self.updated[positions])
@@ -589,11 +473,7 @@ class RowStore:
         )
 
     def _write(self, positions: np.ndarray, values: Tensor, states: dict[str, Tensor]) -> None:
-        written = {"values": values, **states}
-        if self._cache is not None:
-            self._cache.write(positions, written)
-            return
-        for name, rows in written.items():
+        for name, rows in {"values": values, **states}.items():
             self.stored[name].index_copy_(0, self._index(positions), rows.to(self.stored[name]))
 
     def _index(self, positions: np.ndarray) -> Tensor:

@@ -69,21 +69,27 @@ class ShardedTables:
     def __init__(
         self, specs: Sequence[TableSpec], optimizer: TableOptimizerConfig, seed: int, *,
         device: torch.device | None = None, storage: torch.device | None = None, folder: Path | None = None,
-        cache_rows: int = 0, dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         """device: of working sets and gradients; storage: of rows and states, by default the same.
 
-        folder: files that hold rows and states instead of memory. cache_rows: rows of each table that are kept on
-        `device`, too. dtype: of looked-up vectors.
+        folder: files that hold rows and states instead of memory. dtype: of looked-up vectors.
         """
         self.specs = {spec.name: spec for spec in specs}
-        self.optimizer, self.cache_rows = optimizer, cache_rows
+        self.optimizer = optimizer
         self.sent_bytes = self.num_exchanges = 0  # of this rank, to other ranks
         self._device, self._dtype = device or torch.device("cpu"), dtype
         self.partition = RowPartition(distributed.rank(), distributed.world_size())
-        where = storage or self._device, folder, cache_rows, self._device
         self.stores = {
-            spec.name: RowStore(spec, table_key(seed, spec.name), self.partition, optimizer, *where) for spec in specs
+            spec.name: RowStore(
+                spec,
+                table_key(seed, spec.name),
+                self.partition,
+                optimizer,
+                storage or self._device,
+                folder,
+            )
+            for spec in specs
         }
         # by table: distinct rows of this rank, int64 [n], and their mean gradients of a step, float32 [n, d]
         self._pending: dict[str, tuple[np.ndarray, Tensor]] = {}
@@ -193,13 +199,6 @@ class ShardedTables:
         if self.steps % TRIM_STEPS == 0:
             for store in self.stores.values():
                 store.trim(self.steps)
-
-    def cache_hits(self) -> float:
-        """Return the share of stored rows that this rank read from the cache since the last call."""
-        read, hits = (sum(getattr(store, name) for store in self.stores.values()) for name in ("num_read", "num_hits"))
-        for store in self.stores.values():
-            store.num_read = store.num_hits = 0
-        return hits / max(1, read)
 
     def discard(self) -> None:
         """Leave the rows of the last `reduce` as they are."""

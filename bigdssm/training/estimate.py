@@ -301,9 +301,6 @@ def estimate(
             # keyed: up to twice as many slots as rows, with their rows and entries on the host
             numbers += rows_of_rank * (1 + spec.is_keyed) * (spec.dim + widths[table] + 1 + 4 * spec.is_keyed)
         resident[TABLE_ROWS] = FP32 * numbers
-    if specs and config.engine.table_cache_rows:
-        widths_of_all = sum(spec.dim + widths[table] for table, spec in specs.items())
-        resident["rows of sharded tables kept on the device"] = FP32 * config.engine.table_cache_rows * widths_of_all
     averaged = {"moving average of the weights": 2 * FP32 * trained} if stage.weight_average else {}
     in_tables = sum(stored[name] * (spec.dim + widths[name] + 3) for name, spec in specs.items())  # all rows updated
     saved = in_tables + trained + states + (trained if stage.weight_average else 0)

@@ -75,7 +75,6 @@ class MetricsLogger:
         stats = dict(zip(result.stats, values, strict=True))
         gradient_norm = float(result.gradient_norm)
         rows_per_s = self._rows_global * interval.steps / seconds
-        tables = self._engine.tables
         query_rates = {}
         if batch.query_positions is not None:  # several queries per row: their imbalance across ranks matters, too
             total = sum(self._queries)
@@ -99,7 +98,6 @@ class MetricsLogger:
             "skipped": step - applied,
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             **({"gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {}),
-            **({"table_cache_hits": tables.cache_hits()} if tables and tables.cache_rows else {}),
             "seconds": {name: round(value, 4) for name, value in interval.seconds.items()},
         }
         if is_due:

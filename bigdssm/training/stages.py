@@ -183,7 +183,7 @@ def build_trainer(
         tables = ShardedTables(
             list(specs.values()), stage.table_optimizer, config.run.seed, device=device(),
             storage=device() if memory == "device" else torch.device("cpu"),
-            folder=table_folder if memory == "file" else None, cache_rows=config.engine.table_cache_rows,
+            folder=table_folder if memory == "file" else None,
             dtype=torch.bfloat16 if config.engine.precision == "bf16_pure" else torch.float32,
         )  # fmt: skip
         # the rows of a resumed stage, from which rows may have been evicted, are in its checkpoint

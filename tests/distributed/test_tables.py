@@ -19,7 +19,6 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
 from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
-from bigdssm.tables.optimizers import LazyAdam
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import drop_ids
@@ -495,41 +494,3 @@ def test_dropped_ids_are_a_function_of_step_and_row() -> None:
         assert (whole[name] != other[name]).any()
         part = dropped(np.arange(399, 0, -3), 1)[name]
         np.testing.assert_array_equal(part, whole[name][np.arange(399, 0, -3)])
-
-
-CACHED = (
-    TableSpec("direct", 3000, 4, evict_after=4), TableSpec("keyed", 2**40, 4, admit_after=2, evict_after=3),
-    TableSpec("narrow", 3000, 2, dtype=torch.bfloat16),
-)  # fmt: skip
-
-
-def through_a_cache(rank: int, world_size: int, folder: Path, cache_rows: int) -> tuple[list[Any], list[float]]:
-    """Train tables in files; return all contents after some steps, and the shares of hits."""
-    tables = ShardedTables(CACHED, LazyAdam(lr=0.1), 0, folder=folder / f"{cache_rows}-{rank}", cache_rows=cache_rows)
-    found, hits = [], []
-    for step in range(14):
-        rng = np.random.default_rng(100 * step + rank)
-        size = 30 if step < 12 else 1400  # more than the cache has
-        some = np.unique(np.minimum(rng.zipf(1.3, size) + (step % 3) * 7, 2999))
-        working = tables.fetch({"direct": some, "keyed": 10**9 * some, "narrow": some})
-        sum((leaf * (step + 1)).sin().sum() for leaf in working.leaves.values()).backward()  # type: ignore[union-attr]
-        tables.reduce(working)
-        tables.commit(1.0, 1.0)
-        hits.append(tables.cache_hits())
-        if step in (5, 10, 13):
-            found.append({name: store.content(tables.steps, states=True) for name, store in tables.stores.items()})
-    return found, hits
-
-
-def test_rows_in_a_cache_are_those_of_the_storage(tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """Rows are replaced, evicted, moved to another storage, and are more than the cache has."""
-    stored = pools[2].run(through_a_cache, tmp_path, 0)
-    for cache_rows in (20, 5000):
-        for (cached, hits), (expected, none) in zip(
-            pools[2].run(through_a_cache, tmp_path, cache_rows), stored, strict=True
-        ):
-            for mine, theirs in zip(cached, expected, strict=True):
-                for name, content in theirs.items():
-                    assert all(torch.equal(mine[name][key], tensor) for key, tensor in content.items()), name
-            assert none == [0.0] * 14 and hits[0] == 0.0
-            assert 0 < sum(hits) < 12 if cache_rows == 20 else hits[1:] == [1.0] * 13

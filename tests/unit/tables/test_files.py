@@ -113,18 +113,14 @@ def test_a_file_is_written_in_blocks(path: Path) -> None:
     assert most == BLOCK_ROWS
 
 
-@pytest.mark.parametrize("cache_rows", [0, 16])
 @pytest.mark.parametrize("rows", [20_000, 1 << 33], ids=["direct", "keyed"])
 def test_pages_of_a_table_in_files_have_blocks_before_they_are_written(
-    rows: int, cache_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, draws = TableSpec("items", rows, 24, admit_after=2), np.random.default_rng(0)
 
     def store(folder: Path | None) -> RowStore:
-        return RowStore(
-            spec, 1, RowPartition(0, 1), RowwiseAdagrad(lr=0.1), torch.device("cpu"), folder, cache_rows,
-            torch.device("cpu"),
-        )  # fmt: skip
+        return RowStore(spec, 1, RowPartition(0, 1), RowwiseAdagrad(lr=0.1), torch.device("cpu"), folder)
 
     in_files, in_memory = store(tmp_path), store(None)
     for step in range(8):
