@@ -8,8 +8,7 @@ best is the checkpoint with the best validation; latest and step-… are assembl
 ZeRO stage. Every format includes a model card (README.md):
 
     model                  config, schema, tokenizer, safetensors: the --model of the other commands
-    sentence-transformers  SentenceTransformer(FOLDER); towers with a single text feature
-    hf                     AutoModel, AutoTokenizer and the projection per tower; towers with a single text feature
+    sentence-transformers  SentenceTransformer(FOLDER), and AutoModel of the encoder in it; towers with a single text
     onnx                   query.onnx, doc.onnx and query.int8.onnx for onnxruntime; any towers
 
 KEY=VALUE sets an option of the format (docs/config_keys.md). The last line of the output is the largest difference

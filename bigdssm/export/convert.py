@@ -22,7 +22,7 @@ from bigdssm.checkpoints.model_folder import (
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import StageName, TablesConfig
 from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.export import adapter_format, hf_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
+from bigdssm.export import adapter_format, model_format, onnx_format, sentence_transformers_format  # noqa: F401, formats
 from bigdssm.export.adapter_format import without_adapters
 from bigdssm.export.formats import CARD_FILE, EXPORT_FORMATS, ExportFormat, Parity, ReportedMetrics, model_card
 from bigdssm.export.onnx_model import EXPORT_FILE

@@ -87,7 +87,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     folder = ModelFolder(model, Config(model=config), schema, None, {}, "")
     sentences = []
     for attempt in (
-        lambda: text_towers(folder, "hf"),
+        lambda: text_towers(folder, "sentence-transformers"),
         lambda: new_model(config, schema, 50, CrossEncoderConfig()),
     ):
         with pytest.raises(ConfigError) as error:
@@ -134,7 +134,7 @@ def test_parts_of_the_towers_from_outside(config: Path, tmp_path: Path, outside_
 
 def test_bert_only_options_are_refused_for_other_encoders(outside_pools: dict[int, Pool]) -> None:
     ((of_export, of_scorer),) = outside_pools[1].run(refused)
-    assert of_export.startswith("--format hf: the query tower's text encoder is bag, needs one of ")
+    assert of_export.startswith("--format sentence-transformers: the query tower's text encoder is bag, needs one of ")
     assert of_scorer == (
         "sft.scorer.name=cross_encoder: got a text encoder bag (TextInputs), needs a BERT with 2 token types"
     )

@@ -23,7 +23,7 @@ def test_a_family_from_pairs_to_search(family: str, tmp_path: Path) -> None:
     bigdssm.pretrain(config, overrides)
     trained = bigdssm.sft(config, overrides)
     source = folder_source(trained.best)
-    formats = ["model", "hf", "sentence-transformers", "onnx", *(["adapter"] if overrides else [])]
+    formats = ["model", "sentence-transformers", "onnx", *(["adapter"] if overrides else [])]
     for name in formats:
         parity = export(source, tmp_path / name, name)
         assert max(parity.query, parity.doc) <= PARITY_LIMIT, name

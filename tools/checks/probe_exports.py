@@ -1,7 +1,7 @@
 """Write the vectors of exported folders, computed with the libraries of their users: probe_exports.py FOLDER.
 
-FOLDER contains st (sentence-transformers), hf (one transformers model per tower) and onnx; vectors are written to
-FOLDER/*.npy.
+FOLDER contains st (sentence-transformers, whose Transformer folders AutoModel loads) and onnx; vectors are written
+to FOLDER/*.npy.
 """
 
 import sys
@@ -20,13 +20,13 @@ def main(folder: Path) -> None:
     model = SentenceTransformer(str(folder / "st"), device="cpu")
     np.save(folder / "st_queries.npy", model.encode_query(TEXTS))
     np.save(folder / "st_documents.npy", model.encode_document(TEXTS))
-    for tower in sorted(path.parent for path in (folder / "hf").rglob("config.json")):
+    for tower in sorted(path.parent for path in (folder / "st").rglob("tokenizer.json")):
         tokens = AutoTokenizer.from_pretrained(tower, trust_remote_code=False)(
             TEXTS, padding=True, truncation=True, max_length=8, return_tensors="pt"
         )
         with torch.no_grad():
             hidden = AutoModel.from_pretrained(tower, trust_remote_code=False).eval()(**tokens).last_hidden_state
-        np.save(folder / f"hf_{tower.name}.npy", hidden.numpy())
+        np.save(folder / f"transformer_{tower.name}.npy", hidden.numpy())
     for path in sorted((folder / "onnx").glob("*.onnx")):
         session = onnxruntime.InferenceSession(str(path))
         inputs = {one.name: _values(one) for one in session.get_inputs()}

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from transformers import AutoModel, AutoTokenizer
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder, model_checksum, save_model_folder
 from bigdssm.commands import convert_checkpoint
@@ -30,6 +31,7 @@ from bigdssm.evaluation.trec import run_metrics
 from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
 from bigdssm.export.formats import PARITY_LIMIT, Probe, ReportedMetrics
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
+from bigdssm.export.text_tower import text_towers
 from bigdssm.features import CalendarTime, Feature, Ragged, Session, TextTokenizer, Timestamp
 from bigdssm.ingest.fitting import make_tokenizer
 from bigdssm.loader.batch import Collator, to_features
@@ -44,8 +46,10 @@ from bigdssm.serving.searcher import Searcher
 from tests.conftest import WORDS
 from tests.tolerances import assert_scores_close
 from tests.unit.conftest import random_model
+from tools.checks.pages import code_of
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+TUTORIAL = Path(__file__).resolve().parents[3] / "docs" / "tutorials" / "text.md"
 QUERIES = ["copper lantern", "", "River STONE, bridge?", "walnut " * 40]
 DOCUMENTS = ["a lantern of copper", "stone bridges over a river. " * 9, "zephyr"]
 MODELS = {
@@ -142,19 +146,6 @@ def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
-def test_hf_scores_as_the_trainer(
-    make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_source(**settings)
-    parity = export(source, tmp_path / "exported", "hf")
-    assert max(parity.query, parity.doc) <= PARITY_LIMIT
-    card = run_card(tmp_path / "exported", monkeypatch)
-    scores = card["encode_query"](QUERIES) @ card["encode_document"](DOCUMENTS).T
-    torch.testing.assert_close(scores, trainers_scores(source), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_sentence_transformers_scores_as_the_trainer(
     make_source: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +172,46 @@ def test_sentence_transformers_scores_as_the_trainer(
         return
     with pytest.raises(ValueError, match="task"):
         model.encode(QUERIES)
+
+
+def test_transformers_loads_the_encoder_as_on_the_page(
+    make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    source = make_source(**MODELS["one module"])
+    export(source, tmp_path / "runs" / "docstrings" / "st", "sentence-transformers")
+    monkeypatch.chdir(tmp_path)
+    (code,) = (code for code in code_of(TUTORIAL.read_text("utf-8")) if "AutoModel" in code)
+    names: dict[str, Any] = {}
+    exec(compile(code, TUTORIAL.name, "exec"), names)
+    texts = ["return the sorted keys", "open a file"]
+    expected = Model(source.model).encode_documents(texts) / source.model.alpha
+    np.testing.assert_allclose(names["vectors"].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "folders"),
+    [
+        ("dot with beta, one encoder", ["query_0_Transformer"]),
+        ("dot without beta", ["query_0_Transformer", "document_0_Transformer"]),
+    ],
+)
+def test_transformers_loads_the_encoders_of_two_routes(
+    make_source: Any, tmp_path: Path, model: str, folders: list[str]
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    source = make_source(lengths=(24, 24), **MODELS[model])
+    export(source, tmp_path / "exported", "sentence-transformers")
+    assert sorted(path.name for path in tmp_path.glob("exported/*_Transformer")) == sorted(folders)
+    for folder, tower in zip(folders, text_towers(source.model, "sentence-transformers"), strict=False):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported" / folder)
+        encoder = AutoModel.from_pretrained(tmp_path / "exported" / folder)
+        tokens = tokenizer(DOCUMENTS, padding=True, truncation=True, return_tensors="pt")
+        inputs = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        with torch.no_grad():
+            found = encoder.eval()(**inputs).last_hidden_state
+            expected = tower.encoder.transformer(**inputs).last_hidden_state
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow
@@ -325,11 +356,12 @@ def test_a_model_folder_is_the_model(make_source: Any, tmp_path: Path, monkeypat
 
 
 def test_the_model_card_contains_the_metrics(make_source: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
     source = make_source()
-    export(source, tmp_path / "named", "hf")
+    export(source, tmp_path / "named", "sentence-transformers")
     card = (tmp_path / "named" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
-    assert metadata["library_name"] == "transformers"
+    assert metadata["library_name"] == "sentence-transformers"
     (results,) = metadata["model-index"]
     (result,) = results["results"]
     assert (results["name"], result["dataset"]["split"]) == ("named", "validation")
@@ -343,21 +375,17 @@ def test_the_model_card_contains_the_metrics(make_source: Any, tmp_path: Path) -
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])
     assert settings == source.model.config.to_dict()
     marker = json.loads((tmp_path / "named" / EXPORT_FILE).read_text())
-    assert (marker["format"], marker["model_checksum"]) == ("hf", source.model.checksum)
+    assert (marker["format"], marker["model_checksum"]) == ("sentence-transformers", source.model.checksum)
 
 
-@pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
-def test_vectors_that_differ_are_not_written(
-    make_source: Any, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if target == "sentence-transformers":
-        pytest.importorskip("sentence_transformers")
+def test_vectors_that_differ_are_not_written(make_source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sentence_transformers")
     source = make_source(score="dot")
     alpha = 1.0001 * source.model.alpha
     monkeypatch.setattr(ModelFolder, "alpha", alpha)
     differences = r"queries (0\.0e\+00|\d\.\de-07), documents (1\.0e-04|9\.\de-05)"
     with pytest.raises(CheckpointError, match=f"does not match the trainer: {differences}"):
-        export(source, tmp_path / "exported", target)
+        export(source, tmp_path / "exported", "sentence-transformers")
     assert not list(tmp_path.iterdir())
 
 
@@ -370,10 +398,9 @@ def test_the_probe_covers_hard_inputs_of_exports(make_source: Any) -> None:
     assert len(set((tokens >= 0).sum(dim=1).tolist())) > 5, "too few different lengths"
 
 
-@pytest.mark.parametrize("target", ["hf", "sentence-transformers"])
-def test_towers_of_more_than_a_text_are_refused(model_dir: Path, target: str, tmp_path: Path) -> None:
+def test_towers_of_more_than_a_text_are_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the query tower reads history \(history\), age \(numeric\)"):
-        export(folder_source(model_dir), tmp_path / "exported", target)
+        export(folder_source(model_dir), tmp_path / "exported", "sentence-transformers")
     assert not list(tmp_path.iterdir())
 
 
@@ -394,7 +421,7 @@ def of_events(config: Config, dataset: Dataset, tmp_path_factory: pytest.TempPat
     return make
 
 
-@pytest.mark.parametrize("target", ["onnx", "hf", "sentence-transformers"])
+@pytest.mark.parametrize("target", ["onnx", "sentence-transformers"])
 @pytest.mark.parametrize("feature", [Timestamp(), CalendarTime(), Session()], ids=lambda feature: feature.type)
 def test_features_of_events_are_refused_in_one_sentence(
     of_events: Any, feature: Feature, target: str, tmp_path: Path
@@ -426,21 +453,22 @@ def test_onnx_holds_histories_whose_events_have_sessions(
 
 def test_foreign_files_are_not_replaced(make_source: Any, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("do not touch")
-    for target in ("hf", "model"):
+    for target in ("sentence-transformers", "model"):
         with pytest.raises(ConfigError, match="is not an export of the format"):
             export(make_source(), tmp_path, target)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
 def test_an_export_is_replaced_by_one_of_its_format_alone(make_source: Any, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
     source, out = make_source(), tmp_path / "exported"
-    export(source, out, "hf")
-    export(source, out, "hf")
+    export(source, out, "sentence-transformers")
+    export(source, out, "sentence-transformers")
     marker = json.loads((out / EXPORT_FILE).read_text())
     for other in (json.dumps({**marker, "format": "onnx"}), "[]", "{"):
         (out / EXPORT_FILE).write_text(other)
-        with pytest.raises(ConfigError, match="exists and is not an export of the format hf"):
-            export(source, out, "hf")
+        with pytest.raises(ConfigError, match="exists and is not an export of the format sentence-transformers"):
+            export(source, out, "sentence-transformers")
         assert (out / EXPORT_FILE).read_text() == other
 
 
@@ -556,10 +584,10 @@ def test_onnx_holds_towers_of_all_features(
     [
         (["onnx", "int9=false"], "unknown key int9: onnx has int8; did you mean int8?"),
         (["onnx", "int8=some"], "int8: got 'some', needs true or false"),
-        (["hf", "int8=false"], "unknown key int8: hf has no keys"),
+        (["model", "int8=false"], "unknown key int8: model has no keys"),
         (
             ["tf"],
-            "format: got tf, needs one of adapter, hf, model, onnx, sentence-transformers, or an export format whose",
+            "format: got tf, needs one of adapter, model, onnx, sentence-transformers, or an export format whose",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_a_collection_names_queries_as_documents(config_path: Path, model: DualE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["hf", "model"])
+@pytest.mark.parametrize("target", ["sentence-transformers", "model"])
 def test_exports_have_one_encoder_on_both_sides(target: Any, tmp_path: Path) -> None:
     path = write_dataset(tmp_path)
     only_text = ["data.dir=" + str(tmp_path / "texts")]
