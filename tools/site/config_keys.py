@@ -58,8 +58,8 @@ START = """\
 # Config keys
 
 The YAML file of a run has the sections `run`, `data`, `model`, `engine`, `pretrain` and, for fine-tuning, `sft`. On the
-command line, `section.key=value` overrides a key. An unknown key, or a number outside its bounds, ends the command with
-exit code 2 before anything is written. `bigdssm config --config my.yaml` prints the resolved config.
+command line, `section.key=value` overrides a key. An unknown or removed key, or a number outside its bounds, ends the
+command with exit code 2 before anything is written. `bigdssm config --config my.yaml` prints the resolved config.
 
 The value of an override is YAML without comments. For a key of type `str` it is the rest of the word as it is, so that
 `run.dir=/data/run #3` is a path with a space. `null` (or nothing), a value in quotes and interpolations `${…}` have

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
+import bigdssm
+from bigdssm.checkpoints.checkpoint import MANIFEST
+from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.config import Config, config_from, load_config, load_written_config
 from bigdssm.config.removed import REMOVED_KEYS, without_former_defaults
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.models import new_model
 from bigdssm.training.start import check_folder
+from bigdssm.utils.hashing import json_checksum
 from tests.conftest import TinyDataset
 
 KEYS = sorted(REMOVED_KEYS)
@@ -23,7 +28,10 @@ KEYS = sorted(REMOVED_KEYS)
 
 def with_key(config: Config, key: str, value: Any) -> dict[str, Any]:
     """Return the content of a config that an earlier version wrote."""
-    content = config.to_dict()
+    return set_key(config.to_dict(), key, value)
+
+
+def set_key(content: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     section = content
     *sections, name = key.split(".")
     for part in sections:
@@ -103,6 +111,40 @@ def test_a_model_folder_of_an_earlier_version_loads(
     written.write_text(yaml.safe_dump(with_key(config, key, 9)))
     with pytest.raises(CheckpointError, match=f"{key}: got 9, needs no such key"):
         load_model_folder(tmp_path / "best")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_pairs: TinyDataset, tmp_path: Path) -> None:
+    """The run continues as one that this version began; a checkpoint with another value is refused."""
+    short = ["run.trackers=[]", "pretrain.rows_global=64", "engine.chunk_tokens=200"]
+    current, begun = ([*short, f"run.dir={tmp_path / name}"] for name in ("current", "begun"))
+    for run in (current, begun):
+        bigdssm.pretrain(tiny_pairs.config, [*run, "pretrain.steps=2"])
+    checkpoint = tmp_path / "begun" / "pretrain" / "checkpoints" / "step-00000002"
+
+    def write(values: dict[str, Any]) -> None:
+        config = load_config(tiny_pairs.config, [*begun, "pretrain.steps=2"])
+        content = config.to_dict()
+        for key in KEYS:
+            if not key.startswith("sft."):
+                content = set_key(content, key, values.get(key, REMOVED_KEYS[key].default))
+        (tmp_path / "begun" / "pretrain" / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        del manifest["checksum"]
+        manifest["state"]["config"] = content
+        (checkpoint / MANIFEST).write_text(json.dumps({"checksum": json_checksum(manifest), **manifest}))
+
+    for key in KEYS:
+        if not key.startswith("sft."):
+            write({key: 9})
+            with pytest.raises(CheckpointError, match=f"cannot be compared with this one: .*{key}: got 9, needs no"):
+                bigdssm.pretrain(tiny_pairs.config, [*begun, "pretrain.steps=4"], resume=True)
+    write({})
+    for run in (current, begun):
+        bigdssm.pretrain(tiny_pairs.config, [*run, "pretrain.steps=4"], resume=True)
+    ends = (tmp_path / name / "pretrain" / "checkpoints" / "step-00000004" for name in ("current", "begun"))
+    first, second = (load_checkpoint_model(path).model.state_dict() for path in ends)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_removed_keys_are_no_keys() -> None:
