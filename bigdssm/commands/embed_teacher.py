@@ -19,7 +19,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import encode_in, tower_encoders
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from bigdssm.utils.hashing import json_checksum
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     dataset = open_with_rules(args.data, args.config)
     if args.pretrained is not None:
         pretrained = PretrainedEncoder(args.pretrained, precision=args.precision)
-        encoders = text_encoders(pretrained, Texts(dataset))
+        encoders = text_encoders(pretrained, Texts.of(dataset))
         name = json_checksum([folder_checksums(args.pretrained), pretrained.precision])
     else:
         folder = load_model_folder(args.model)

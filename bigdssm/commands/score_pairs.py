@@ -25,14 +25,14 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
     Bm25Teacher,
-    CrossEncoderTeacher,
     PairTeacher,
     VectorTeacher,
+    cross_encoder_teacher,
     model_teacher,
     score_pairs,
 )
 from bigdssm.retrieval.hard_negatives import HardNegatives
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import ProgressBar
@@ -79,9 +79,9 @@ def main(args: argparse.Namespace) -> None:
             folder = load_model_folder(path)
             teachers[folder.checksum] = model_teacher(folder, dataset)
         if args.cross_encoder or args.pretrained or args.bm25:
-            texts = Texts(dataset)
+            texts = Texts.of(dataset)
         for path in args.cross_encoder:
-            teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = CrossEncoderTeacher(path, texts)
+            teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = cross_encoder_teacher(path, texts)
         for path in args.pretrained:
             encoders = text_encoders(PretrainedEncoder(path), texts)
             name = f"encoder {json_checksum(folder_checksums(path))}"

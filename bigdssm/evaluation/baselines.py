@@ -21,7 +21,7 @@ from bigdssm.evaluation.chains import MOST_ITEMS, Chain, ChainEvents, ChainOptio
 from bigdssm.evaluation.counted_events import counted_splits, request_days
 from bigdssm.evaluation.teachers import Bm25Teacher
 from bigdssm.features.event_time import DAY
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.utils.arguments import argument
 from bigdssm.utils.components import Bound, require
 
@@ -174,7 +174,7 @@ def markov_vectors(dataset: Dataset, dim: Count, window: Window = 3) -> Scores:
 
 def bm25(dataset: Dataset) -> Scores:
     """Score documents by BM25. Raises ConfigError: a side has no text, or a package is not installed."""
-    teacher, documents = Bm25Teacher(dataset, Texts(dataset)), np.arange(dataset.catalogue.num_docs)
+    teacher, documents = Bm25Teacher(dataset, Texts.of(dataset)), np.arange(dataset.catalogue.num_docs)
     return lambda rows: teacher(rows, np.broadcast_to(documents, (len(rows), len(documents)))).astype(np.float64)
 
 

@@ -14,7 +14,7 @@ from bigdssm.features.tokenizer import prompts_in
 from bigdssm.models import Values
 from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.utils.log import Progress, no_progress
 
 MAX_TOKENS = 256  # of a text, for a pretrained encoder
@@ -60,6 +60,6 @@ def text_encoders(encoder: PretrainedEncoder, texts: Texts) -> Encoders:
     """Return the Encoders of a pretrained encoder for a dataset's texts, with the prompts of its folder."""
     prompts = encoder.prompts
     return Encoders(
-        lambda rows: encoder(texts.queries(rows), prompts.query),
+        lambda rows: encoder(texts.queries(rows.query), prompts.query),
         lambda doc_rows: encoder(texts.documents(doc_rows), prompts.doc),
     )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from bigdssm.evaluation.evaluate import ScoredEncoders, encoders_of
 from bigdssm.models import FeatureScorer
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
-from bigdssm.retrieval.model import PairScorer, Texts
+from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.reranking import Reranker, Texts
 from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.utils.array_file import new_array, seal
 from bigdssm.utils.atomic import real_path
@@ -27,7 +27,6 @@ from bigdssm.utils.log import Progress, no_progress
 K1, B = 0.9, 0.4  # Anserini's defaults, used for BEIR's published results
 DOCUMENTS_AT_ONCE = 1024
 QUERIES_AT_ONCE = 256
-PAIRS_AT_ONCE = 64  # per batch of a cross-encoder: fits a CPU's caches
 UNFINISHED_FILE = "judged.npy"  # the records while they are written
 
 PairTeacher = Callable[[Rows, np.ndarray], np.ndarray]
@@ -81,6 +80,15 @@ def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
     return lambda rows, docs: teacher(replace(rows, query=view.limited_query(rows.query)), docs)
 
 
+def cross_encoder_teacher(folder: Path, texts: Texts) -> PairTeacher:
+    """Return a cross-encoder of sentence-transformers as a teacher, with its logits as scores.
+
+    Raises ConfigError: sentence-transformers is missing, or no one-output model in `folder`.
+    """
+    reranker = Reranker(folder, texts)
+    return lambda rows, docs: reranker.score(rows.query, docs)
+
+
 class VectorTeacher:
     """Scores vectors by inner product or a scorer of vectors; document vectors are cached."""
 
@@ -110,37 +118,6 @@ class VectorTeacher:
         return self._vectors
 
 
-class CrossEncoderTeacher:
-    """A sentence-transformers cross-encoder; scores are its logits."""
-
-    def __init__(self, folder: Path, texts: Texts) -> None:
-        """Raises ConfigError: sentence-transformers is missing, or no one-output model in `folder`."""
-        try:
-            from sentence_transformers import CrossEncoder
-        except ImportError:
-            raise ConfigError(
-                "a cross-encoder needs sentence-transformers; install bigdssm[sentence-transformers]"
-            ) from None
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} holds no cross-encoder: config.json is missing; give a cross-encoder's folder")
-        try:
-            self._model: Any = CrossEncoder(str(folder), local_files_only=True, activation_fn=torch.nn.Identity())
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"the cross-encoder in {folder} does not load: {' '.join(str(error).split())}") from None
-        if self._model.num_labels != 1:
-            raise ConfigError(f"the cross-encoder in {folder} has {self._model.num_labels} outputs, needs one: a score")
-        self._texts = texts
-
-    def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
-        """Return scores [m, l]."""
-        distinct, indices = np.unique(docs, return_inverse=True)
-        documents = self._texts.documents(distinct)
-        queries = np.repeat(np.array(self._texts.queries(rows), object), docs.shape[1])
-        pairs = [(query, documents[index]) for query, index in zip(queries, indices.flatten(), strict=True)]
-        scores = self._model.predict(pairs, batch_size=PAIRS_AT_ONCE, show_progress_bar=False)
-        return np.asarray(scores, np.float32).reshape(docs.shape)
-
-
 class Bm25Teacher:
     """BM25 over the catalogue."""
 
@@ -154,7 +131,7 @@ class Bm25Teacher:
 
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
-        pairs = zip(self._texts.queries(rows), docs, strict=True)
+        pairs = zip(self._texts.queries(rows.query), docs, strict=True)
         return np.stack([self._index.scores(query)[candidates] for query, candidates in pairs])
 
 

@@ -15,7 +15,7 @@ from bigdssm.dataset.negatives import NegativeDocuments
 from bigdssm.dataset.rows import EVENT_BITS, Rows
 from bigdssm.dataset.schema import find_sorted
 from bigdssm.errors import DataError
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.utils.array_file import check_seal
 from bigdssm.utils.hashing import derive_key, mix64
 
@@ -242,7 +242,7 @@ def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: in
     Texts are formatted as the towers read them: truncated, in the tokenizer's case. Raises: ConfigError: a side has no
     text; DataError: `hard` is of another dataset.
     """
-    texts = Texts(dataset)
+    texts = Texts.of(dataset)
     num_rows, queries = dataset.num_rows("train"), hard.queries
     last = queries[-1] >> EVENT_BITS if len(queries) else -1
     if last >= num_rows:
@@ -252,6 +252,6 @@ def sample_negatives(dataset: Dataset, hard: HardNegatives, count: int, seed: in
     for rows in rows_of_queries(dataset, selected, ROWS_AT_ONCE):
         negative = sample_window(hard.windows(rows.query_keys), rows, 0, seed, 1)[:, 0].astype(np.int64)
         target, other = (texts.documents(docs) for docs in (rows.doc_rows.astype(np.int64), np.maximum(negative, 0)))
-        columns = (rows.row_ids.tolist(), texts.queries(rows), target, other, negative.tolist())
+        columns = (rows.row_ids.tolist(), texts.queries(rows.query), target, other, negative.tolist())
         examples += [ReviewedNegative(*values) for *values, row in zip(*columns, strict=True) if row >= 0]
     return examples

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import ModelFolder, fetch_from_hub, load_model_folder
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import Rows
 from bigdssm.dataset.schema import Schema
-from bigdssm.errors import CheckpointError, ConfigError
-from bigdssm.features import Column, Feature, Ragged, Text, TextTokenizer, ragged, texts_of
+from bigdssm.errors import CheckpointError
+from bigdssm.features import Column, Feature, ragged
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.loader.batch import join_sides, split_sides
 from bigdssm.models import DualEncoder, FeatureScorer, Scorer, Values, VectorScorer
@@ -41,30 +40,6 @@ VECTORS_AT_ONCE = 16_384  # vector pairs scored at a time
 Columns = Mapping[str, Column]
 EncodeSide = Callable[[nn.Module, Mapping[str, Values]], Tensor]
 """Computes the vectors of one side with the model, such as `query_vectors`."""
-
-
-class Texts:
-    """The texts of a dataset's rows; several text features are joined by a bar."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        """Raises ConfigError: a side has no text feature."""
-        self._query, self._doc = texts_of(dataset.schema.query), texts_of(dataset.schema.doc)
-        if not (self._query and self._doc) or dataset.tokenizer is None:
-            raise ConfigError(f"{dataset.dir}: needs a text feature on both sides")
-        self._catalogue, self._tokenizer = dataset.catalogue, dataset.tokenizer
-
-    def queries(self, rows: Rows) -> list[str]:
-        """Return the texts of the rows' queries."""
-        return _read(rows.query, self._query, self._tokenizer)
-
-    def documents(self, doc_rows: np.ndarray) -> list[str]:
-        """Return the texts of catalogue rows, int64 [n]."""
-        return _read(self._catalogue.columns(doc_rows), self._doc, self._tokenizer)
-
-
-def _read(columns: Mapping[str, Column], features: Mapping[str, Text], tokenizer: TextTokenizer) -> list[str]:
-    parts = [feature.decode(cast(Ragged, columns[name]), tokenizer) for name, feature in features.items()]
-    return [" | ".join(row) for row in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

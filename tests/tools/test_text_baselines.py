@@ -16,7 +16,7 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import fit_baseline
 from bigdssm.evaluation.evaluate import evaluate_scores
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def test_a_text_baseline_learns_from_the_train_pairs(dataset: Dataset, folder: P
     measured = [evaluate_scores(scores, dataset, "test").metrics["mrr"] for scores in found]
     assert measured[1] > 2 * max(measured[0], as_it_is.metrics["mrr"])
 
-    rows, texts = next(dataset.iterate("test", 5)), Texts(dataset)
+    rows, texts = next(dataset.iterate("test", 5)), Texts.of(dataset)
     model = found[1].model  # type: ignore[attr-defined]
-    pair = [texts.queries(rows)[3], texts.documents(np.array([7]))[0]]
+    pair = [texts.queries(rows.query)[3], texts.documents(np.array([7]))[0]]
     query, document = model.encode(pair)
     cosine = query @ document / np.linalg.norm(query) / np.linalg.norm(document)
     assert found[1](rows)[3, 7] == pytest.approx(cosine, abs=1e-5)

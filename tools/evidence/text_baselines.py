@@ -23,7 +23,7 @@ from bigdssm.evaluation.baselines import Count
 from bigdssm.evaluation.pretrained import PretrainedEncoder, check_encoder, text_encoders
 from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.embed import Encoders
-from bigdssm.retrieval.model import Texts
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.utils.components import Bound
 from tools.evidence.item_baselines import Positive, Seed
 
@@ -48,7 +48,7 @@ class PretrainedTexts(VectorTexts):
     @classmethod
     def fit(cls, dataset: Dataset, folder: str, precision: str = "fp32") -> PretrainedTexts:
         """Encode the catalogue. Raises ConfigError: a side without texts, or no encoder in `folder`."""
-        encoders = text_encoders(PretrainedEncoder(Path(folder), precision=precision), Texts(dataset))
+        encoders = text_encoders(PretrainedEncoder(Path(folder), precision=precision), Texts.of(dataset))
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)))
 
 
@@ -80,13 +80,13 @@ class SentenceTransformerTexts(VectorTexts):
             if number < 1:
                 raise ConfigError(f"the baseline sentence_transformers: {name}={number}: needs at least 1")
         check_encoder(Path(folder))
-        texts = Texts(dataset)
+        texts = Texts.of(dataset)
         encoder = Transformer(folder)
         model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_embedding_dimension())], device="cpu")
         pairs: dict[str, list[str]] = {"anchor": [], "positive": []}
         for batch in dataset.iterate("train", ROWS_PER_BATCH):
             relevant = np.flatnonzero(batch.relevance > 0)
-            pairs["anchor"] += texts.queries(batch.take(relevant))
+            pairs["anchor"] += texts.queries(batch.take(relevant).query)
             pairs["positive"] += texts.documents(batch.doc_rows[relevant])
         with tempfile.TemporaryDirectory() as spool:
             arguments = Arguments(
@@ -98,5 +98,5 @@ class SentenceTransformerTexts(VectorTexts):
             loss = MultipleNegativesRankingLoss(model)
             SentenceTransformerTrainer(model, arguments, Table.from_dict(pairs), loss=loss).train()
         encode = partial(model.encode, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
-        encoders = Encoders(lambda rows: encode(texts.queries(rows)), lambda docs: encode(texts.documents(docs)))
+        encoders = Encoders(lambda rows: encode(texts.queries(rows.query)), lambda docs: encode(texts.documents(docs)))
         return cls(encoders, encoders.documents(np.arange(dataset.catalogue.num_docs)), model)

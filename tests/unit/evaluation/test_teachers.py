@@ -30,7 +30,8 @@ from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
-from bigdssm.retrieval.model import PairScorer, Texts
+from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.atomic import put_file
 from tests.command_line import Tools
@@ -140,7 +141,7 @@ def test_a_pretrained_encoder_as_teacher(
     arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy")
     tools.ran("score_pairs", *arguments, "--pretrained", tmp_path / "bert")
     rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
-    texts = Texts(dataset)
+    texts = Texts.of(dataset)
 
     def vector(text: str) -> torch.Tensor:
         with torch.no_grad():
@@ -148,7 +149,7 @@ def test_a_pretrained_encoder_as_teacher(
 
     scored = HardNegatives.open(tmp_path / "scored.npy").teacher_scores(rows.query_keys)
     for i in (0, 7, len(rows) - 1):
-        query = vector(texts.queries(rows)[i])
+        query = vector(texts.queries(rows.query)[i])
         for at, text in zip(np.flatnonzero(docs[i] >= 0), texts.documents(docs[i][docs[i] >= 0]), strict=True):
             cosine = torch.nn.functional.cosine_similarity(query, vector(text), dim=0)
             assert scored[i, at] == pytest.approx(float(cosine), abs=1e-5)
@@ -185,11 +186,11 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
     given = HardNegatives.open(negatives)
     rows, docs = rows_and_docs(dataset, given)
-    texts = Texts(dataset)
+    texts = Texts.of(dataset)
     lexical, read = (
         HardNegatives.open(tmp_path / f"{name}.npy").teacher_scores(rows.query_keys) for name in ("bm25", "cross")
     )
-    queries, documents = texts.queries(rows), texts.documents(np.arange(dataset.catalogue.num_docs))
+    queries, documents = texts.queries(rows.query), texts.documents(np.arange(dataset.catalogue.num_docs))
     assert isinstance(rows.query["query"], Ragged) and len(set(documents)) > 100
     shared = [[len({*query.split()} & {*documents[doc].rstrip(" .").split()}) for doc in row if doc >= 0]
               for query, row in zip(queries, docs.tolist(), strict=True)]  # fmt: skip
