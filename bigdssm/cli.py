@@ -150,6 +150,11 @@ def refuse_options(args: argparse.Namespace, options: Sequence[str], why: str) -
         raise ConfigError(f"{', '.join(given)} would have no effect {why}; leave {them} out")
 
 
+RERANKING = option_group(
+    "re-ranking",
+    option("--rerank", type=at_least(2), default=0, metavar="K", help="re-rank the top K documents (default: none)"),
+    option("--reranker", type=Path, metavar="FOLDER", help="a cross-encoder of sentence-transformers"),
+)
 SEARCH_OPTIONS = (
     option("--model", type=Path, required=True, help="model folder, or a folder of model folders"),
     option(

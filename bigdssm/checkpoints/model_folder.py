@@ -7,7 +7,7 @@ A folder is sufficient for encoding: it includes the architecture of a pretraine
 so that the pretrained folder may be removed. Nothing in it is unpickled or executed.
 
 Its checksum identifies the model in vectors, indexes and exports. It covers everything that affects scores: weights,
-schema, tokenizer, architectures, the config's model section and the scorer. Other config keys may be edited, such as
+schema, tokenizer, architectures and the config's model section. Other config keys may be edited, such as
 data.dir after a dataset was moved.
 
 On the Hub, only the files of a model folder are transferred; its checksums are verified before the upload and when the
@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +47,6 @@ from bigdssm.config import (
     ARCHITECTURE_FILE,
     Config,
     ModelConfig,
-    ScorerConfig,
     StageName,
     load_written_config,
 )
@@ -55,7 +54,7 @@ from bigdssm.dataset.dataset import TOKENIZER_FILE, Dataset, open_dataset, token
 from bigdssm.dataset.schema import SCHEMA_FILE, VOCABULARIES, Schema
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.features.tokenizer import TextTokenizer
-from bigdssm.models import ALPHA_MAX, DualEncoder, FeatureScorer, Scorer, new_model
+from bigdssm.models import ALPHA_MAX, DualEncoder, new_model
 from bigdssm.models.declarations import Transformer
 from bigdssm.models.encoders import TextEncoder, text_configs
 from bigdssm.tables.files import MappedTables, RowFile
@@ -161,7 +160,7 @@ def save_model_folder(
             "format": FORMAT,
             "provenance": dict(provenance),
             "checksums": _checksums(unfinished, written_checksums),
-            "config_checksum": _config_checksum(config.to_dict(), trained_scorer(config, provenance)),
+            "config_checksum": _config_checksum(config.to_dict()),
         }
         write_json(unfinished / META_FILE, meta)
 
@@ -194,10 +193,9 @@ def weight_names(folder: Path) -> set[str]:
     return names
 
 
-def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> ModelFolder:
+def load_model_folder(folder: Path) -> ModelFolder:
     """Load the model in `folder` and verify its checksums.
 
-    scorer: a new scorer to train, for a model without one.
     Raises CheckpointError: no such folder, a missing or damaged file, or weights that do not match config and schema.
     """
     meta = read_model_meta(folder)
@@ -205,11 +203,10 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
         check_file(folder / name, checksum, META_FILE, stored_checksum)
     try:
         config, schema = load_written_config(folder / CONFIG_FILE), Schema.load(folder)
-        own = trained_scorer(config, meta["provenance"])
         written = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if _config_checksum(written, own) != meta["config_checksum"]:
+        if _config_checksum(written) != meta["config_checksum"]:
             raise CheckpointError(
-                f"the model section of {CONFIG_FILE}, or sft.scorer, differs from the model's training; undo the edit, "
+                f"the model section of {CONFIG_FILE} differs from the model's training; undo the edit, "
                 "or copy the folder again (only other keys, such as data.dir, may change)"
             )
         texts: dict[str, Any] = {}
@@ -226,7 +223,7 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
             weights |= load_file(folder / FROZEN_FILE)
         dense = dense_tables(weights)
         with torch.device("meta"):  # reject a model larger than the file before its memory is allocated
-            _check_weights(weights, DualEncoder(config.model, schema, texts, own, dense=dense).state_dict())
+            _check_weights(weights, DualEncoder(config.model, schema, texts, dense=dense).state_dict())
         # Frozen weights, such as those under adapters, stay in the file, which is mapped: ranks share its pages.
         mapped = FROZEN_FILE in meta["checksums"]
         empty: AbstractContextManager[Any] = nullcontext()
@@ -235,11 +232,8 @@ def load_model_folder(folder: Path, *, scorer: ScorerConfig | None = None) -> Mo
 
             empty = init_empty_weights(include_buffers=False)
         with empty:
-            model = DualEncoder(config.model, schema, texts, own or scorer, dense=dense)
-        if mapped and scorer and not own:
-            model.scorer = scorer.build(config.model, schema, texts)
-        load = model.load_state_dict if own and not scorer else model.load_towers
-        load(weights, assign=mapped)
+            model = DualEncoder(config.model, schema, texts, dense=dense)
+        model.load_state_dict(weights, assign=mapped)
         row_files = sorted(name for name in meta["checksums"] if name.startswith(f"{TABLES_DIR}/"))
         open_tables(model, [[folder / name] for name in row_files])
     except (
@@ -272,7 +266,7 @@ def model_checksum(
         checksums = _checksums(Path(folder))
     files = _weights_files(model, model.state_dict())
     checksums |= {name: xxhash.xxh3_128_hexdigest(content) for name, content in files.items()}
-    config_checksum = _config_checksum(config.to_dict(), trained_scorer(config, provenance))
+    config_checksum = _config_checksum(config.to_dict())
     return model_identity({"checksums": checksums, "config_checksum": config_checksum})
 
 
@@ -339,13 +333,12 @@ def doc_checksum(meta: Mapping[str, Any]) -> str:
     return str(meta["provenance"].get("documents") or model_identity(meta))
 
 
-def _config_checksum(written: Mapping[str, Any], scorer: ScorerConfig | None) -> str:
+def _config_checksum(written: Mapping[str, Any]) -> str:
     """Return the checksum of the config keys that affect scores.
 
-    `written` is the content of the file: model keys that later versions add do not change its checksum. The scorer is
-    hashed with all fields of this version: a new field invalidates existing folders with a scorer.
+    `written` is the content of the file: model keys that later versions add do not change its checksum.
     """
-    return json_checksum([written.get("model"), () if scorer is None else asdict(scorer)])
+    return json_checksum([written.get("model"), ()])  # the empty tuple is part of the format
 
 
 def _weights_files(model: DualEncoder, state: Mapping[str, Tensor]) -> dict[str, bytes]:
@@ -402,11 +395,6 @@ def _check_weights(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor]) 
             raise CheckpointError(f"{WEIGHTS_FILE}: {name} holds NaN or inf; use the model of an earlier checkpoint")
 
 
-def trained_scorer(config: Config, provenance: Mapping[str, Any]) -> ScorerConfig | None:
-    """Return the scorer that the stage trained, if any."""
-    return config.sft.scorer if config.sft is not None and provenance.get("stage") == "sft" else None
-
-
 def _checksums(folder: Path, computed: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Return the checksum of every file except the config, of which only some keys affect scores; `known` by name."""
     checksums = folder_checksums(folder, lambda path: computed.get(path.name) or stored_checksum(path))
@@ -419,17 +407,15 @@ def stored_checksum(path: Path) -> str:
     return RowFile(path).checksum if path.parent.name == TABLES_DIR else file_checksum(path)
 
 
-def load_initial_model(path: Path, config: ModelConfig, scorer: ScorerConfig | None = None) -> ModelFolder:
-    """Load the model that a stage starts from, a model folder or a checkpoint, with a new `scorer` if given.
+def load_initial_model(path: Path, config: ModelConfig) -> ModelFolder:
+    """Load the model that a stage starts from, a model folder or a checkpoint.
 
     Text encoders that were trained without adapters get those of `config`, whose update is zero. Raises
     CheckpointError; ConfigError: the adapters cannot be added.
     """
     is_checkpoint = path.is_dir() and path.parent.name == CHECKPOINTS  # intact or not
     load = load_checkpoint_model if is_checkpoint else load_model_folder
-    folder = load(path, scorer=scorer)
-    frozen = isinstance(folder.model.scorer, FeatureScorer)
-    return folder if frozen else _with_adapters(folder, config)
+    return _with_adapters(load(path), config)
 
 
 def _with_adapters(folder: ModelFolder, config: ModelConfig) -> ModelFolder:
@@ -449,21 +435,20 @@ def _with_adapters(folder: ModelFolder, config: ModelConfig) -> ModelFolder:
     return replace(folder, config=replace(folder.config, model=adapted))
 
 
-def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> ModelFolder:
-    """Load the model of the checkpoint `path` in a stage's folder, with a new `scorer` if given.
+def load_checkpoint_model(path: Path) -> ModelFolder:
+    """Load the model of the checkpoint `path` in a stage's folder.
 
     It has the trained weights; the others are those of best/, or of the model that the stage starts from. Raises
-    CheckpointError: it is damaged, or has a scorer although a new one is given.
+    CheckpointError: it is damaged.
     """
     stage_dir = path.parent.parent
     read = open_tensors(path)
     state = read.weights()
-    own = bool(Scorer.weights_in(state))
     documents: dict[str, Any] = {}  # in the provenance
     best = stage_dir / BEST
     if is_model_folder(best) and _has_vocabularies(best, read_manifest(path).state["stream"]):
         # contains schema and architecture: the dataset is not needed
-        folder = load_model_folder(best, scorer=None if own else scorer)
+        folder = load_model_folder(best)
         model, config, schema, tokenizer_dir = folder.model, folder.config, folder.schema, folder.tokenizer_dir
         documents = {key: value for key, value in folder.provenance.items() if key == "documents"}
     elif not (stage_dir / CONFIG_FILE).is_file():
@@ -482,8 +467,8 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
                 f"now; restore the dataset, or copy {BEST}/ of the stage too"
             )
         stage = cast(StageName, stage_dir.name)
-        trained, source = config.stage(stage).scorer if own else scorer, config.initial_model(stage)
-        model = new_model(config.model, schema, dataset.vocab_size, trained, dense=dense_tables(state))
+        source = config.initial_model(stage)
+        model = new_model(config.model, schema, dataset.vocab_size, dense=dense_tables(state))
         if source is not None and (missing := model.state_dict().keys() - state.keys()):
             start = load_initial_model(source, config.model).model.state_dict()
             model.load_state_dict({name: start[name] for name in missing & start.keys()}, strict=False)
@@ -496,7 +481,7 @@ def load_checkpoint_model(path: Path, scorer: ScorerConfig | None = None) -> Mod
     open_tables(model, read_manifest(path).table_files())
     try:
         state = {name: weight for name, weight in model.state_dict().items() if name not in state} | state
-        (model.load_state_dict if own and scorer is None else model.load_towers)(state)
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the weights in {path} do not fit the stage's config and schema: {reason}") from None

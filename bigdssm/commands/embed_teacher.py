@@ -49,11 +49,6 @@ def main(args: argparse.Namespace) -> None:
     else:
         folder = load_model_folder(args.model)
         view = folder.view(dataset)
-        if folder.model.scorer is not None:
-            raise ConfigError(
-                f"--model {args.model} has a scorer: its scores are not inner products of vectors; use bigdssm "
-                "score_pairs"
-            )
         precision = encode_in(folder.model, args.precision)
         encoders, name = tower_encoders(folder.model, view), json_checksum([folder.checksum, precision])
     with ProgressBar() as progress:

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
-from bigdssm.cli import OVERWRITE, at_least, check_file_to_write, command, option, option_group, refuse_options
+from bigdssm.cli import OVERWRITE, RERANKING, check_file_to_write, command, option, option_group, refuse_options
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
@@ -50,11 +50,12 @@ from bigdssm.evaluation.comparison import (
     slice_tables,
     table,
 )
-from bigdssm.evaluation.evaluate import TOP
+from bigdssm.evaluation.evaluate import TOP, Reranking
 from bigdssm.evaluation.slices import NUMBERS, read_slices
 from bigdssm.evaluation.trec import Run, read_qrels, read_run, run_metrics, write_qrels
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
 from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
+from bigdssm.retrieval.reranking import Reranker, Texts, check_reranking
 from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.log import ProgressBar
@@ -85,9 +86,7 @@ BEIR_OPTIONS = (
         f"coverage of the top 10 (without a value: {', '.join(NUMBERS)})",
     ),
     option("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)"),
-    option(
-        "--rerank", type=at_least(2), metavar="K", help="also evaluate with the top K documents re-ranked by the scorer"
-    ),
+    RERANKING,
     option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
     option_group(
         "retrieval collection",
@@ -137,9 +136,11 @@ def main(args: argparse.Namespace) -> None:
         for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
                 refuse_options(args, [option], f"without --{needed}")
+        check_reranking(args.rerank, args.reranker)
         _evaluate_collection(args)
     elif args.run is not None and args.qrels is not None:
-        of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision", "--rerank"]
+        of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision"]
+        of_split += ["--rerank", "--reranker"]
         ignored = [*of_split, *BEIR_OPTIONS]
         refuse_options(args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
@@ -158,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _evaluate_split(args: argparse.Namespace) -> None:
+    check_reranking(args.rerank, args.reranker)
     name, *other_names = distinct_names([args.model, *args.compare])
     folder = load_model_folder(args.model)
     dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
@@ -167,9 +169,11 @@ def _evaluate_split(args: argparse.Namespace) -> None:
     others = baseline_systems(**options, by_day=True, coverage=coverage) if args.baselines else []
     encode_in(folder.model, args.precision)
     model = _evaluate_model(name, folder, coverage=coverage, **options)
-    if args.rerank is not None:
+    if args.rerank:
         others.insert(0, model)
-        model = _evaluate_model(f"{name}, top {args.rerank} re-ranked", folder, rerank=args.rerank, **options)
+        reranker = Reranker(args.reranker, Texts.of(folder.view(dataset)))
+        reranking = Reranking(reranker, args.rerank)
+        model = _evaluate_model(f"{name}, top {args.rerank} re-ranked", folder, rerank=reranking, **options)
     for other_name, path in zip(other_names, args.compare, strict=True):
         if path.is_dir():
             other = load_model_folder(path)
@@ -226,9 +230,9 @@ def _evaluate_collection(args: argparse.Namespace) -> None:
             queries, documents = model_vectors(folder.model, folder.schema, folder.tokenizer_dir, collection, progress)
             encoding_s = perf_counter() - started  # counts for every system that uses these vectors
             search = partial(vectors_run, collection, queries, documents, filter_known)
-            if args.rerank is not None:
-                reranked = f"{name}, top {args.rerank} re-ranked"
-                add(reranked, lambda: reranked_run(collection, search(), folder, args.rerank), encoding_s)
+            if args.rerank:
+                rerank = partial(reranked_run, folder=folder, cross_encoder=args.reranker, top=args.rerank)
+                add(f"{name}, top {args.rerank} re-ranked", lambda: rerank(collection, search()), encoding_s)
             add(name, search, encoding_s)
             normalize = folder.config.model.score == "cosine"
             for width in dict.fromkeys(args.widths):

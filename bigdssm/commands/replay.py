@@ -14,8 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, at_least, check_file_to_write, command, option
-from bigdssm.commands.search import RERANK_HELP
+from bigdssm.cli import OVERWRITE, RERANKING, SEARCH_OPTIONS, check_file_to_write, command, option
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.serving.replay import replay
 from bigdssm.serving.request_log import read_log
@@ -27,7 +26,7 @@ from bigdssm.utils.log import ProgressBar
 @command(
     option("--log", type=Path, required=True, metavar="FOLDER", help="folder of serve --log-requests"),
     *SEARCH_OPTIONS,
-    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    RERANKING,
     option(
         "--limit",
         type=float,
@@ -43,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     check_file_to_write("--out", args.out, "replay", overwrite=args.overwrite)
     if not 0 <= args.limit <= 1:
         raise ConfigError(f"--limit {args.limit}: needs a share from 0 to 1")
-    folders = Folders(args.model, args.index, args.data, rerank=args.rerank)
+    folders = Folders(args.model, args.index, args.data, rerank=args.rerank, reranker=args.reranker)
     with ProgressBar() as progress:
         report = replay(
             folders.open(), read_log(args.log), lambda done: progress("requests replayed", done, None),

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 -m bigdssm.commands.score_pairs …       # distributes the queries over the ranks
 
 NPY is a file of bigdssm mine_negatives; SCORED.npy adds teacher scores, for sft.negatives.mining.file with
-sft.distillation or mining.teacher_margin. Teachers are bigdssm model folders (including their scorers), cross-encoders
+sft.distillation or mining.teacher_margin. Teachers are bigdssm model folders, cross-encoders
 of sentence-transformers (logits), unchanged Hugging Face text encoders (cosines), and BM25. The scores of several
 teachers are averaged after standardization per query. All teachers except model folders read the dataset's texts as
 decoded by its tokenizer, truncated to max_tokens.

@@ -8,7 +8,8 @@
 
 --user loads features and events of a user from the dataset, --text sets feature values, --history appends events
 (document keys or titles, oldest first); --document uses a document as the query. Seen documents are excluded unless the
-model's data.exclude_seen is false; --seen overrides it. With --rerank K the model's scorer re-ranks the top K.
+model's data.exclude_seen is false; --seen overrides it. With --rerank K
+the cross-encoder of --reranker re-ranks the top K.
 --request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model without
 histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, at_least, check_file_to_write, command, option, refuse_options
+from bigdssm.cli import OVERWRITE, RERANKING, SEARCH_OPTIONS, check_file_to_write, command, option, refuse_options
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request
 from bigdssm.serving.searcher import Searcher
@@ -32,7 +33,6 @@ from bigdssm.utils.atomic import new_file
 HELPS = {field.name: field.metadata[HELP] for field in fields(Request)}
 SEEN = {"allow": False, "exclude": True}
 SEEN_HELP = "whether results may include seen documents (default: data.exclude_seen of the model)"
-RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no re-ranking)"
 
 
 @command(
@@ -49,7 +49,7 @@ RERANK_HELP = "re-rank the top K documents with the model's scorer (default: no 
     option("--context", nargs="+", action="extend", metavar="FEATURE=VALUE", help=HELPS["context"]),
     option("--seen", choices=SEEN, help=SEEN_HELP),
     option("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)"),
-    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    RERANKING,
     option("--request", metavar="FILE", help="file with a request as JSON, - for standard input"),
     option("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV"),
     OVERWRITE,
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
             exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
             context=None if args.context is None else feature_values("--context", args.context),
         )  # fmt: skip
-    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank)
+    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank, reranker=args.reranker)
     query = searcher.queries.of(request)
     documents = searcher.answer([query])[0].documents
     console = Console(markup=False, emoji=False, highlight=False)

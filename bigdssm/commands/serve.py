@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-from bigdssm.cli import SEARCH_OPTIONS, at_least, command, option
-from bigdssm.commands.search import RERANK_HELP
+from bigdssm.cli import RERANKING, SEARCH_OPTIONS, at_least, command, option
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.log import setup_logging
@@ -48,7 +47,7 @@ from bigdssm.utils.log import setup_logging
         metavar="FILE",
         help="ONNX query tower, such as EXPORT/query.int8.onnx (default: the tower of --model)",
     ),
-    option("--rerank", type=at_least(2), default=0, metavar="K", help=RERANK_HELP),
+    RERANKING,
     option("--workers", type=int, default=1, help="number of processes (default: %(default)s)"),
     option(
         "--poll-s",
@@ -111,7 +110,7 @@ Opened = tuple[Searcher, Folders, Searcher | None, Folders | None]
 def _open(args: argparse.Namespace) -> Opened:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    folders = Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank)
+    folders = Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank, args.reranker)
     second = None if args.second is None else Folders(Path(args.second[0]), args.second[1], args.data, args.threads)
     return folders.open(), folders, None if second is None else second.open(), second
 

@@ -271,7 +271,6 @@ def _check_stage(name: StageName, config: Config) -> None:
         (is_trained or not data.siamese, "data.siamese", data.siamese, f"false {fixed}"),
         (is_trained or data.webdataset is None, "data.webdataset", data.webdataset, f"null {fixed}"),
         (is_trained or not model.share_text, "model.share_text", model.share_text, f"false {fixed}"),
-        (is_trained or stage.scorer is None, f"{name}.scorer", stage.scorer, f"null {fixed}"),
         (
             not stage.refresh_contents_every_steps or model.query.history.items != "id",
             f"{name}.refresh_contents_every_steps", stage.refresh_contents_every_steps,
@@ -284,13 +283,13 @@ def _check_stage(name: StageName, config: Config) -> None:
         ),
         (has_norms, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1"),
         (
-            loss.relative or stage.scorer is not None or model.beta == "scalar", "model.beta", model.beta,
+            loss.relative or model.beta == "scalar", "model.beta", model.beta,
             f"scalar if {key}.name is {loss.name}",
         ),
     )  # fmt: skip
 
     _check_negatives(name, stage, config)
-    for component in (stage.loss, stage.sampling, stage.distillation, stage.scorer):
+    for component in (stage.loss, stage.sampling, stage.distillation):
         if component is not None:
             component.check_in_stage(name, config)
 

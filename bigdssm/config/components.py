@@ -7,11 +7,10 @@ are annotated as Any, because their module, `keys`, imports this one.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bigdssm.utils.components import MISSING, Component, Registry, bounded, require, require_all
+from bigdssm.utils.components import MISSING, Component, Registry, bounded, require
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +41,7 @@ class LossConfig(StageComponent):
     name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or a registered one
     weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
     # Matryoshka: further widths, below model.dim, that vectors can be truncated to. None: no further widths; in sft
-    # without a scorer, those of the pretraining.
+    # those of the pretraining.
     widths: tuple[int, ...] | None = bounded(None, 1, MAX_WIDTH)
     # Weight of the mean squared norms of both towers' vectors, for model.score=dot.
     norm_penalty: float = bounded(0.0, 0, 1_000_000)
@@ -110,61 +109,6 @@ class DistillationConfig(StageComponent):
 
 
 @dataclass(frozen=True)
-class ScorerConfig(StageComponent):
-    """A score of pairs that replaces or extends the product of vectors; trained in the stage `sft`."""
-
-    name: str = MISSING  # mlp, cross_encoder, or a registered one
-
-    @abstractmethod
-    def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> Any:
-        """Return a new `models.Scorer` for a model, its `Schema` and text architectures. Raises ConfigError."""
-
-    def check_in_stage(self, name: StageName, config: Any) -> None:
-        """Raise ConfigError unless the stage is `sft` and has candidates per query."""
-        stage, of = config.stage(name), f"{name}.scorer.name"
-        require_all(
-            (
-                not stage.loss.all_columns and not stage.negatives.in_batch, of, self.name,
-                "a loss other than fps, negatives.in_batch=false and negatives.hard: it scores candidates per query",
-            ),
-            (name == "sft", of, self.name, "the stage sft: mining needs a pretrained model"),
-            (not stage.loss.widths, of, self.name, "loss.widths=[]: it takes vectors of full width"),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class VectorScorerConfig(ScorerConfig):
-    """The keys of every `models.VectorScorer`, which replaces the product and is trained with the towers."""
-
-    def check_in_stage(self, name: StageName, config: Any) -> None:
-        """Raise ConfigError unless the stage has candidates per query, and encodes both towers at once."""
-        super().check_in_stage(name, config)
-        every, given = config.stage(name).negatives.mining.every_steps, f"0 with {name}.scorer.name={self.name}"
-        require(
-            every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"{given}, whose vectors are not for search",
-        )  # fmt: skip
-        chunk = config.engine.chunk_tokens
-        require(chunk == 0, "engine.chunk_tokens", chunk, f"{given}, which needs both towers at once")
-
-
-@dataclass(frozen=True)
-class FeatureScorerConfig(ScorerConfig):
-    """The keys of every `models.FeatureScorer`, which is added to the product of the frozen towers."""
-
-    def check_in_stage(self, name: StageName, config: Any) -> None:
-        """Raise ConfigError unless the stage has candidates per query, and nothing that trains the frozen towers."""
-        super().check_in_stage(name, config)
-        stage, given = config.stage(name), f"0 with {name}.scorer.name={self.name}"
-        every, penalty = stage.negatives.mining.every_steps, stage.loss.norm_penalty
-        require(
-            every == 0, f"{name}.negatives.mining.every_steps", every,
-            f"{given}: its towers are frozen, so mining again gives the same negatives",
-        )  # fmt: skip
-        require(penalty == 0, f"{name}.loss.norm_penalty", penalty, f"{given}, which trains no vectors")
-
-
-@dataclass(frozen=True)
 class OptimizerConfig(Component):
     """The keys of every optimizer; linear warm-up and cosine decay to `final_lr_ratio`, by applied steps.
 
@@ -229,7 +173,6 @@ SAMPLINGS: Registry[SamplingConfig] = Registry(
 DISTILLATIONS: Registry[DistillationConfig] = Registry(
     "a distillation", "name", DistillationConfig, home="bigdssm.losses.declarations"
 )
-SCORERS: Registry[ScorerConfig] = Registry("a scorer", "name", ScorerConfig, home="bigdssm.models.declarations")
 OPTIMIZERS: Registry[OptimizerConfig] = Registry(
     "an optimizer", "name", OptimizerConfig, home="bigdssm.training.optimizers"
 )

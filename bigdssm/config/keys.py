@@ -18,13 +18,11 @@ from bigdssm.config.components import (
     OPTIMIZERS,
     PRETRAINED_LR,
     SAMPLINGS,
-    SCORERS,
     TABLE_OPTIMIZERS,
     DistillationConfig,
     LossConfig,
     OptimizerConfig,
     SamplingConfig,
-    ScorerConfig,
     StageName,
     TableOptimizerConfig,
 )
@@ -309,7 +307,7 @@ class TablesConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Two towers and the scorer S = alpha * <u, w> + beta."""
+    """Two towers and the score S = alpha * <u, w> + beta."""
 
     dim: int = bounded(64, 1, MAX_WIDTH)
     score: Literal["dot", "cosine"] = "cosine"
@@ -426,7 +424,6 @@ class StageConfig:
     # auto: corrected if queries have histories and a softmax uses in-batch negatives, else none.
     sampling: SamplingConfig = component(SAMPLINGS, "auto")
     distillation: DistillationConfig | None = component(DISTILLATIONS, None)
-    scorer: ScorerConfig | None = component(SCORERS, None)
     optimizer: OptimizerConfig = component(OPTIMIZERS, "adamw")
     table_optimizer: TableOptimizerConfig = component(TABLE_OPTIMIZERS, "rowwise_adagrad")  # of tables sharded by rows
     rows_global: int = bounded(1024, 1, MAX_ROWS)
@@ -443,7 +440,6 @@ class StageConfig:
     # The registered validation metric, larger is better: best/ is the latest validation within a standard error of the
     # highest, and leaves trained initial weights only for a gain beyond it. Patience and tuning use it, too.
     validation_metric: str = "ndcg_at_10"
-    rerank: int = bounded(50, 2, MAX_COUNT)  # number of the towers' best documents that a cross_encoder re-ranks
     # Decay of an exponential moving average of the weights, used for validation and best/; 0: the weights themselves.
     # Not with zero_stage=3.
     weight_average: float = bounded(0.0, 0, below=1)
@@ -538,8 +534,7 @@ def _resolved(name: str, stage: StageConfig, config: Config) -> StageConfig:
         mask: Literal["batch", "none"] = "batch" if config.data.exclude_seen else "none"
         stage = replace(stage, negatives=replace(stage.negatives, mask=mask))
     if stage.loss.widths is None:
-        is_like_pretraining = name == "sft" and stage.scorer is None
-        widths = config.pretrain.loss.widths if is_like_pretraining else ()
+        widths = config.pretrain.loss.widths if name == "sft" else ()
         stage = replace(stage, loss=replace(stage.loss, widths=widths))
     if stage.optimizer.lr is None:
         pretrained = any(text.is_pretrained for text in config.text_encoders().values())

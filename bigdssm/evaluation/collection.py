@@ -26,7 +26,7 @@ from bigdssm.features.ragged import Column
 from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vectors
 from bigdssm.retrieval.exact_search import top_documents
-from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.reranking import Reranker, Texts
 from bigdssm.sources.beir import Collection, CollectionEntry, texts_and_metadata
 from bigdssm.utils.log import Progress, no_progress
 
@@ -97,24 +97,23 @@ def vectors_run(
     return run
 
 
-def reranked_run(collection: Collection, run: Run, folder: ModelFolder, top: int) -> Run:
-    """Re-rank the best `top` documents per query by the model's scorer; the rest keep their order.
+def reranked_run(collection: Collection, run: Run, folder: ModelFolder, cross_encoder: Path, top: int) -> Run:
+    """Re-rank the best `top` documents per query by a cross-encoder; the rest keep their order.
 
-    Raises CheckpointError: the model has no scorer.
+    Raises ConfigError: a side has no text, or `cross_encoder` is no such folder.
     """
     row_of = {entry.key: i for i, entry in enumerate(collection.corpus)}
 
     def documents(rows: np.ndarray) -> Mapping[str, Column]:
         return entry_columns(folder.schema.doc, [collection.corpus[i] for i in rows.tolist()], folder.tokenizer)
 
-    scorer = PairScorer(folder.model, folder.schema, documents)
-    scorer.require_scorer()
+    reranker = Reranker(cross_encoder, Texts(folder.schema, folder.tokenizer, documents))
     ranked: dict[str, dict[str, float]] = {}
     for first in range(0, len(collection.queries), RERANKED_AT_ONCE):
         entries = collection.queries[first : first + RERANKED_AT_ONCE]
         ranking = [sorted(run[entry.key], key=lambda key, of=run[entry.key]: -of[key]) for entry in entries]  # type: ignore[misc]
         best = np.array([[row_of[key] for key in keys[:top]] + [-1] * (top - len(keys)) for keys in ranking])
-        scores = scorer.score(entry_columns(folder.schema.query, entries, folder.tokenizer), best)
+        scores = reranker.score(entry_columns(folder.schema.query, entries, folder.tokenizer), best)
         for entry, keys, values in zip(entries, ranking, scores, strict=True):
             of_best = dict(zip(keys, values[: len(keys)].tolist(), strict=False))
             least = min(of_best.values(), default=0.0)

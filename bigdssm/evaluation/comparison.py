@@ -28,11 +28,10 @@ from bigdssm.evaluation.baselines import (
 )
 from bigdssm.evaluation.chains import ChainEvents, action_of, tuned_chain
 from bigdssm.evaluation.counted_events import is_split_by_time
-from bigdssm.evaluation.evaluate import Reranking, encoders_of, evaluate_scores, evaluate_split
+from bigdssm.evaluation.evaluate import Reranking, evaluate_scores, evaluate_split
 from bigdssm.evaluation.metrics import Difference, means, paired_bootstrap, row_metrics, standard_errors, table_metrics
 from bigdssm.evaluation.slices import Slice
 from bigdssm.retrieval.embed import tower_encoders
-from bigdssm.retrieval.model import PairScorer
 from bigdssm.utils.atomic import write_json
 from bigdssm.utils.hashing import file_checksum
 from bigdssm.utils.log import Progress, metric_label, no_progress
@@ -174,17 +173,13 @@ def _evaluate_baseline(
 
 def model_system(
     name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool | str, *,
-    rerank: int | None = None, spent_s: float = 0.0, coverage: bool = False, progress: Progress = no_progress,
+    rerank: Reranking | None = None, spent_s: float = 0.0, coverage: bool = False, progress: Progress = no_progress,
 ) -> System:  # fmt: skip
-    """Evaluate a model folder; `rerank`: its scorer re-ranks as many documents; `spent_s`: seconds of its training."""
+    """Evaluate a model folder, whose best documents `rerank` orders; `spent_s`: seconds of its training."""
     dataset = folder.view(dataset)
-    encoders, reranking = encoders_of(folder.model, dataset), None
-    if rerank is not None:
-        reranking = Reranking(PairScorer.from_folder(folder, dataset), rerank)
-        reranking.scorer.require_scorer()
-        encoders = tower_encoders(folder.model, dataset)  # candidates are those of the inner product
+    encoders = tower_encoders(folder.model, dataset)
     measured = evaluate_split(
-        encoders, dataset, split, exclude_seen=exclude_seen, rerank=reranking, coverage=coverage, progress=progress
+        encoders, dataset, split, exclude_seen=exclude_seen, rerank=rerank, coverage=coverage, progress=progress
     )  # fmt: skip
     return System.from_ranks(
         name, measured.ranks, measured.query_ids, measured.seconds + spent_s, measured.coverage

@@ -5,34 +5,29 @@ Shapes: m queries, N documents, D+1 the width of index vectors.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bigdssm import distributed
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import DivergedError
 from bigdssm.evaluation.metrics import mean_metrics
-from bigdssm.loader.batch import Collator, Features, as_tensor, to_features
-from bigdssm.models import DualEncoder, VectorScorer
+from bigdssm.loader.batch import as_tensor
 from bigdssm.retrieval.embed import (
     DocumentVectors,
     Encoders,
     all_finite,
     encode_catalogue,
     encode_queries,
-    tower_encoders,
-    tower_output,
 )
 from bigdssm.retrieval.exact_search import (
     LEAST_ROWS,
     QUERIES_AT_ONCE,
-    TOP_QUERIES_AT_ONCE,
     ExcludedDocuments,
     SearchRound,
     exact_search,
@@ -42,12 +37,12 @@ from bigdssm.retrieval.exact_search import (
     top_of_round,
     unpack_keys,
 )
-from bigdssm.retrieval.model import PairScorer
+from bigdssm.retrieval.reranking import Reranker
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.log import Progress, no_progress
 
-PAIRED_QUERIES, PAIRED_DOCS = 64, 1024  # per tile of a pair scorer, which builds a vector per pair
-QUERIES_PER_TILE, TILE_SCORES = 512, 8_388_608  # of index vectors; a tile has 32 MiB of float32
+QUERIES_PER_TILE = 512
+SCORES_PER_TILE = 8_388_608  # 32 MiB of float32
 # Vectors depend on the batch size in their last bits, so scores within rounding error are ties. Otherwise noise would
 # rank the documents of a collapsed model, whose scores are all equal.
 TIE_RELATIVE = 16 * torch.finfo(torch.float32).eps
@@ -56,48 +51,19 @@ Pairs = tuple[Tensor, Tensor]
 """(query, catalogue row) of documents to exclude, both int64."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """Scoring functions, and their tile sizes."""
-
-    matrix: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], documents [n, …] -> scores [m, n]
-    target: Callable[[Tensor, Tensor], Tensor]  # queries [m, …], targets [m, …] -> [m, 2]: score, tolerance
-    queries_at_once: int
-    scores_at_once: int
-
-
 def _target_product(queries: Tensor, documents: Tensor) -> Tensor:
+    """Return the scores of queries [m, D+1] and their targets [m, D+1], and the tolerance of a tie, [m, 2]."""
     tolerance = TIE_RELATIVE * queries.norm(dim=1) * documents.norm(dim=1)
     return torch.stack([(queries * documents).sum(dim=1), tolerance], dim=1)
 
 
-def inner_product_scoring() -> Scoring:
-    """Score index vectors by inner product."""
-    return Scoring(inner_products, _target_product, QUERIES_PER_TILE, TILE_SCORES)
-
-
-def pair_scoring(scorer: Callable[[Tensor, Tensor], Tensor]) -> Scoring:
-    """Score vectors by `scorer`, which broadcasts queries and documents […, D] to scores […]."""
-
-    @torch.no_grad()
-    def matrix(queries: Tensor, documents: Tensor) -> Tensor:
-        return scorer(queries[:, None], documents)
-
-    @torch.no_grad()
-    def target(queries: Tensor, documents: Tensor) -> Tensor:
-        score = scorer(queries, documents)
-        return torch.stack([score, TIE_RELATIVE * (1 + score.abs())], dim=1)
-
-    return Scoring(matrix, target, PAIRED_QUERIES, PAIRED_QUERIES * PAIRED_DOCS)
-
-
-def ranks_of_round(scoring: Scoring, batch: SearchRound, documents: DocumentVectors) -> Tensor:
+def ranks_of_round(batch: SearchRound, documents: DocumentVectors) -> Tensor:
     """Return the target ranks of this rank's queries in a round, float64 [m].
 
     All ranks must call it.
     """
-    target = batch.of_targets(documents, scoring.target)
-    counts = _counts(scoring, batch.vectors, documents, target, batch.excluded)
+    target = batch.of_targets(documents, _target_product)
+    counts = _counts(batch.vectors, documents, target, batch.excluded)
     return 1 + distributed.reduce_scatter_rows(counts)[: len(batch.rows)]
 
 
@@ -106,9 +72,8 @@ def ranks_of_vectors(queries: Tensor, documents: Tensor, target: Tensor, seen: P
 
     queries [m, D+1] and documents [N, D+1] are float32 index vectors, target int64 [m].
     """
-    scoring = inner_product_scoring()
-    target_scores = scoring.target(queries, documents[target])
-    return 1 + _counts(scoring, queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
+    target_scores = _target_product(queries, documents[target])
+    return 1 + _counts(queries, DocumentVectors(documents), target_scores, _excluded(target, seen))
 
 
 def ranks_of_scores(
@@ -136,17 +101,15 @@ def _excluded(target: Tensor, seen: Pairs | None) -> ExcludedDocuments:
     return ExcludedDocuments.of(rows, columns)
 
 
-def _counts(
-    scoring: Scoring, queries: Tensor, documents: DocumentVectors, target: Tensor, excluded: ExcludedDocuments
-) -> Tensor:
+def _counts(queries: Tensor, documents: DocumentVectors, target: Tensor, excluded: ExcludedDocuments) -> Tensor:
     """Return float64 [m]: the local documents that score above the target, ties as halves."""
     counts = queries.new_zeros(len(queries), dtype=torch.float64)
-    for first in range(0, len(queries), scoring.queries_at_once):
-        last = min(first + scoring.queries_at_once, len(queries))
+    for first in range(0, len(queries), QUERIES_PER_TILE):
+        last = min(first + QUERIES_PER_TILE, len(queries))
         block = excluded.block(first, last)
-        tile = max(1, scoring.scores_at_once // max(last - first, LEAST_ROWS))  # fewer rows are padded to LEAST_ROWS
+        tile = max(1, SCORES_PER_TILE // max(last - first, LEAST_ROWS))  # fewer rows are padded to LEAST_ROWS
         for column in range(0, len(documents), tile):
-            scores = scoring.matrix(queries[first:last], documents.vectors[column : column + tile])
+            scores = inner_products(queries[first:last], documents.vectors[column : column + tile])
             block.mask(scores, documents, column)
             counts[first:last] += _count_above(scores, target[first:last, 0], target[first:last, 1])
     return counts
@@ -166,7 +129,7 @@ RERANKED_AT_ONCE = 1024  # queries per round, over all ranks
 class Reranking:
     """Re-ranks the `top` best documents; the rest keep their rank."""
 
-    scorer: PairScorer
+    reranker: Reranker
     top: int
 
     def ranks(self, before: Tensor, batch: SearchRound, documents: DocumentVectors) -> Tensor:
@@ -178,7 +141,7 @@ class Reranking:
         within = np.flatnonzero((before <= self.top).cpu().numpy())
         rows = batch.rows.take(within)
         scores = torch.from_numpy(
-            self.scorer.score(rows.query, np.concatenate([rows.doc_rows[:, None], others[within]], axis=1))
+            self.reranker.score(rows.query, np.concatenate([rows.doc_rows[:, None], others[within]], axis=1))
         )
         target = scores[:, :1]
         tolerance = TIE_RELATIVE * (1 + target.abs())
@@ -186,39 +149,6 @@ class Reranking:
         ranks = before.clone()
         ranks[torch.from_numpy(within).to(ranks.device)] = (1 + (above + at_least) / 2).to(ranks.device)
         return ranks
-
-
-@dataclass(frozen=True)
-class ScoredEncoders(Encoders):
-    """Both towers as functions from rows to tower outputs [.., D], which `scorer` scores in pairs."""
-
-    scorer: VectorScorer
-
-
-def encoders_of(
-    model: nn.Module,
-    dataset: Dataset,
-    device: torch.device | str = "cpu",
-    gather: Callable[[], Mapping[str, Tensor]] | None = None,
-) -> Encoders:
-    """Return the Encoders of `model`, a DualEncoder or an engine around one, for any score.
-
-    `gather`, a collective, gathers the weights of an engine that shards them: the scorer runs outside its forward.
-    """
-    scorer = cast(DualEncoder, getattr(model, "module", model)).scorer
-    if not isinstance(scorer, VectorScorer):  # one over features re-ranks their candidates
-        return tower_encoders(model, dataset, device)
-    scorer = scorer if gather is None else scorer.copy(gather()).to(device)
-    collator = Collator(dataset.schema, dataset.catalogue)
-
-    def output(side: str, features: Features) -> Tensor:
-        return tower_output(model, side, {name: values.to(device) for name, values in features.items()}).float()
-
-    return ScoredEncoders(
-        lambda rows: output("query", collator.query_features(rows.inputs)),
-        lambda doc_rows: output("doc", to_features(dataset.schema.doc, dataset.catalogue.columns(doc_rows))),
-        scorer,
-    )
 
 
 TOP = 10  # answers of a query that count for the coverage
@@ -255,16 +185,13 @@ def evaluate_split(
     If items have times, a query ranks those that are available at its time (`Dataset.item_times`).
 
     All ranks must call it: documents and queries are sharded over ranks and encoded in chunks of `rows_per_chunk`.
-    `documents` is the rank's share of the document vectors, if already encoded; ignored with an MLP scorer, which needs
-    other vectors. `rerank` re-ranks the best documents per query. Raises: DataError: no such split; DivergedError, on
-    every rank: a vector is not finite (comparisons with NaN would rank every target first).
+    `documents` is the rank's share of the document vectors, if already encoded. `rerank` re-ranks the best documents
+    per query. Raises: DataError: no such split; DivergedError, on every rank: a vector is not finite (comparisons with
+    NaN would rank every target first).
     """
     started = time.perf_counter()
     dataset.index(split)
     share = Share(rank, world_size, rows_per_chunk, progress)
-    scoring = inner_product_scoring()
-    if isinstance(encoders, ScoredEncoders):
-        scoring, documents = pair_scoring(encoders.scorer), None
     if documents is None:
         documents = encode_catalogue(encoders, dataset.catalogue, share)
     error = DivergedError(f"vectors of split {split} hold NaN or inf")
@@ -280,9 +207,9 @@ def evaluate_split(
     for batch in rounds(queries, documents, excluded, at_once, times=times):
         if not all_finite(batch.vectors):  # replicated: all ranks raise
             raise error
-        batch_ranks = ranks_of_round(scoring, batch, documents)
+        batch_ranks = ranks_of_round(batch, documents)
         if coverage and rerank is None:
-            search = exact_search(documents, scoring.matrix, scoring.scores_at_once // TOP_QUERIES_AT_ONCE)
+            search = exact_search(documents)
             answers.append(_answers(batch_ranks, batch.rows, unpack_keys(top_of_round(search, batch, TOP))[1]))
         if rerank is not None:
             batch_ranks = rerank.ranks(batch_ranks, batch, documents)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
@@ -13,11 +12,8 @@ from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.evaluation.evaluate import ScoredEncoders, encoders_of
-from bigdssm.models import FeatureScorer
-from bigdssm.retrieval.embed import Encoders
+from bigdssm.retrieval.embed import Encoders, tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, record_dtype, rows_of_queries, window_records
-from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.reranking import Reranker, Texts
 from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.utils.array_file import new_array, seal
@@ -68,15 +64,12 @@ class Bm25:
 
 
 def model_teacher(folder: ModelFolder, dataset: Dataset) -> PairTeacher:
-    """Return a model folder as a teacher for rows of `dataset`: its scorer of features, else its vector score.
+    """Return a model folder as a teacher for rows of `dataset`, with the score of its vectors.
 
     Raises CheckpointError: see `ModelFolder.view`.
     """
     view = folder.view(dataset)
-    if isinstance(folder.model.scorer, FeatureScorer):
-        scorer = PairScorer.from_folder(folder, view)
-        return lambda rows, docs: scorer.score(view.limited_query(rows.query), docs)
-    teacher = VectorTeacher(encoders_of(folder.model, view), view.catalogue.num_docs)
+    teacher = VectorTeacher(tower_encoders(folder.model, view), view.catalogue.num_docs)
     return lambda rows, docs: teacher(replace(rows, query=view.limited_query(rows.query)), docs)
 
 
@@ -90,7 +83,7 @@ def cross_encoder_teacher(folder: Path, texts: Texts) -> PairTeacher:
 
 
 class VectorTeacher:
-    """Scores vectors by inner product or a scorer of vectors; document vectors are cached."""
+    """Scores vectors by inner product; document vectors are cached."""
 
     def __init__(self, encoders: Encoders, num_docs: int) -> None:
         self._encoders, self._encoded = encoders, np.zeros(num_docs, bool)
@@ -99,9 +92,6 @@ class VectorTeacher:
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
         queries, vectors = self._encoders.queries(rows)[:, None], self._documents(np.unique(docs))[docs]
-        if isinstance(self._encoders, ScoredEncoders):
-            with torch.no_grad():
-                return self._encoders.scorer(queries, vectors).numpy()
         return (queries * vectors).sum(-1).numpy()
 
     def _documents(self, docs: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 
-from bigdssm.checkpoints.model_folder import ModelFolder, dense_tables, model_checksum, trained_scorer
+from bigdssm.checkpoints.model_folder import ModelFolder, dense_tables, model_checksum
 from bigdssm.config import TowerConfig
 from bigdssm.errors import ConfigError
 from bigdssm.export.formats import ExportFormat, Parity, Probe, python_block, register_export
@@ -113,8 +113,7 @@ def without_adapters(folder: ModelFolder) -> ModelFolder:
 
     towers = folder.config.model
     config = replace(folder.config, model=replace(towers, query=without(towers.query), doc=without(towers.doc)))
-    scorer = trained_scorer(config, folder.provenance)
-    model = DualEncoder(config.model, folder.schema, architectures, scorer, dense=dense_tables(state))
+    model = DualEncoder(config.model, folder.schema, architectures, dense=dense_tables(state))
     model.load_state_dict(state)
     model.tables.source = folder.model.tables.source
     checksum = model_checksum(model, config, folder.schema, folder.tokenizer_dir, folder.provenance)

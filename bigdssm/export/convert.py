@@ -17,7 +17,6 @@ from bigdssm.checkpoints.model_folder import (
     is_model_folder,
     load_checkpoint_model,
     load_model_folder,
-    trained_scorer,
 )
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import StageName, TablesConfig
@@ -99,9 +98,7 @@ def export(source: ExportSource, out: Path, kind: str | ExportFormat = "model", 
     with new_folder(out, [*map(glob.escape, checksums), marker, CARD_FILE, CONFIG_FILE]) as temporary:
         parity = kind.write(source.model, temporary)
         parity.check(f"the {target} export")
-        is_exact = is_model_format or source.model.model.scorer is None
-        metrics = source.metrics if is_exact else None  # validation used the scorer, which other formats leave out
-        card = model_card(source.model, out.name, kind, parity, metrics)
+        card = model_card(source.model, out.name, kind, parity, source.metrics)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         if not is_model_format:
             content = {
@@ -144,6 +141,6 @@ def with_dense_tables(folder: ModelFolder, target: str) -> ModelFolder:
         state[f"tables.tables.{name}.weight"] = model.tables.source.look_up(name, torch.arange(spec.rows))
     config = replace(folder.config, model=replace(folder.config.model, tables=TablesConfig(sharding="replicated")))
     texts = {name: cast(Any, encoder).architecture for name, encoder in model.text.items()}
-    dense = DualEncoder(config.model, folder.schema, texts, trained_scorer(config, folder.provenance))
+    dense = DualEncoder(config.model, folder.schema, texts)
     dense.load_state_dict(state)
     return replace(folder, model=dense.eval(), config=config)  # the scores, and thus the checksum, stay

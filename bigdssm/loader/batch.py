@@ -55,21 +55,6 @@ def paddings(declared: Mapping[str, Feature]) -> Paddings:
     return {name: feature.padding for name, feature in declared.items() if feature.padding is not None}
 
 
-def join_sides(query: Mapping[str, T], doc: Mapping[str, T]) -> dict[str, T]:
-    """Return the entries of both sides as one mapping with keys `side.name`."""
-    return {
-        f"{side}.{name}": value for side, has in zip(SIDES, (query, doc), strict=True) for name, value in has.items()
-    }
-
-
-def split_sides(pairs: Mapping[str, T]) -> dict[str, dict[str, T]]:
-    """Return the mappings that `join_sides` joined, by side."""
-    return {
-        side: {name.removeprefix(f"{side}."): value for name, value in pairs.items() if name.startswith(f"{side}.")}
-        for side in SIDES
-    }
-
-
 def as_tensor(array: np.ndarray) -> Tensor:
     """Convert an array to a tensor; read-only arrays are copied."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())

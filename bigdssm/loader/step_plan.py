@@ -184,7 +184,6 @@ class StepPlan:
     doc: SidePlan
     whole: bool  # both sides in one forward
     num_retained: int = 0  # chunks with a retained graph: the last ones, in the order queries, documents
-    pairs: SidePlan | None = None  # of a cross-encoder
 
     @property
     def tokens(self) -> int:
@@ -199,7 +198,7 @@ class StepPlan:
 
     @property
     def _sides(self) -> list[SidePlan]:
-        return [self.query, self.doc, *([] if self.pairs is None else [self.pairs])]
+        return [self.query, self.doc]
 
 
 class ChunkCounts(NamedTuple):

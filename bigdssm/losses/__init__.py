@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         norm_penalty,
         ranking_loss,
         relevance_weight,
-        scored_loss,
     )
     from bigdssm.losses.declarations import (
         FPS,
@@ -68,7 +67,6 @@ __all__ = [
     "relevance_weight",
     "sample_uniform",
     "sample_weighted",
-    "scored_loss",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -81,8 +79,7 @@ __getattr__, __dir__ = lazy_attributes(
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
         "bigdssm.losses.contrastive": [
             "LossOutput", "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss",
-            "relevance_weight", "scored_loss",
-        ],
+            "relevance_weight",        ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
         "bigdssm.losses.sampling": [
             "CountedFrequency", "StreamingFrequency", "apply_sampling", "drawn_weights", "sample_uniform",

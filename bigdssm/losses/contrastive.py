@@ -1,8 +1,7 @@
-"""Contrastive losses on vectors or on given scores, exact over any number of ranks.
+"""Contrastive losses on vectors, exact over any number of ranks.
 
     out = fps_loss(U, W, alpha=alpha)
     out = contrastive_loss(PairCE(), LossBatch(U, W, alpha=alpha, negatives=negatives), columns="in_batch")
-    out = scored_loss(PairCE(), scores)
     out.loss.backward()
 
 Every rank calls it, with or without a process group. U and W may be leaves (gradient cache): U.grad, W.grad, alpha.grad
@@ -119,51 +118,6 @@ def ranking_loss(
     """
     batch = LossBatch(U, W, positive, alpha=alpha, **optional)
     return contrastive_loss(loss, batch, columns="in_batch" if in_batch else "none", tile=tile, group=group)
-
-
-def scored_loss(
-    loss: LossConfig | ListDistillation,
-    scores: Tensor,
-    *,
-    weight: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    doc_ids: Tensor | None = None,
-    known: Tensor | None = None,
-    is_known: Tensor | None = None,
-    teacher: Tensor | None = None,
-    group: Group | None = None,
-) -> LossOutput:
-    """Compute a loss on the scores [m, 1 + k] of a scorer, such as an MLP; a collective.
-
-    Column 0 holds the positives, the others negatives, −inf if absent. weight [m] ≥ 0. query_ids [m] and doc_ids
-    [m, 1 + k], both or neither: negatives that are known positives of their query, on any rank, are dropped. known
-    int64 [p, 2]: additional known positives (query id, document id). is_known bool [m]: as of `LossBatch`. teacher
-    [m, 1 + k]: a teacher's scores, for a distillation. Raises: LossInputError (PeerError on ranks with valid input), on
-    every rank.
-    """
-    try:
-        is_valid = scores.ndim == 2 and scores.shape[1] >= 2 and scores.is_floating_point()
-        require(is_valid, f"scores must be floating point [m, 1 + k], got {scores.dtype} {list(scores.shape)}")
-        is_valid = (query_ids is None) == (doc_ids is None) and (known is None or query_ids is not None)
-        require(is_valid, "query_ids and doc_ids go together, and known needs both")
-        if doc_ids is not None:
-            is_valid = doc_ids.dtype == torch.int64 and doc_ids.shape == scores.shape
-            got = f"{doc_ids.dtype} {list(doc_ids.shape)}"
-            require(is_valid, f"doc_ids must be int64 {list(scores.shape)}, got {got}")
-    except LossInputError as error:
-        raise_on_all_ranks(error, scores.device, group)
-    # Each score is the bias of a pair of vectors of width 0, whose product is 0; each document has its own column.
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    column_ml = torch.arange(scores.numel(), device=scores.device).view(scores.shape)
-    batch = LossBatch(
-        torch.zeros((len(scores), 0), dtype=dtype, device=scores.device),
-        torch.zeros((scores.numel(), 0), dtype=dtype, device=scores.device),
-        column_ml[:, 0], alpha=1.0, weight=weight, query_ids=query_ids,
-        doc_ids=None if doc_ids is None else doc_ids.flatten(), known=known, is_known=is_known,
-        negatives=torch.where(scores.detach()[:, 1:] > -torch.inf, column_ml[:, 1:], -1), teacher=teacher,
-        score_bias=scores,
-    )  # fmt: skip
-    return contrastive_loss(loss, batch, columns="none", group=group)
 
 
 def contrastive_loss(

@@ -258,7 +258,6 @@ class BatchDistillation(DistillationConfig):
         data, stage = config.data, config.stage(name)
         for where, got, only in (
             (f"{name}.negatives.columns", stage.negatives.columns, "batch"),
-            (f"{name}.scorer", None if stage.scorer is None else stage.scorer.name, None),
             ("data.webdataset", data.webdataset, None),
             ("data.from_partition", data.from_partition, None),
             ("data.mixture", list(data.mixture), []),

@@ -1,7 +1,6 @@
 """Losses as functions of positive and negative scores; `declarations` has the formulas and config keys.
 
-Each returns its values and their gradients by the scores: one definition for products of vectors and for the scores of
-a scorer.
+Each returns its values and their gradients by the scores.
 
 Shape legend: m queries of this rank and k candidates per query, l = 1 + k with its positive.
 """

@@ -17,22 +17,18 @@ if TYPE_CHECKING:
         flash_runs_on,
         pack,
     )
-    from bigdssm.models.scorers import FeatureScorer, Scorer, VectorScorer
 
 __all__ = [
     "ALPHA_MAX",
     "DualEncoder",
     "Encoded",
-    "FeatureScorer",
     "Packed",
     "PackedLists",
     "QueryPositions",
     "RowGroup",
-    "Scorer",
     "SequenceBounds",
     "SideSize",
     "Values",
-    "VectorScorer",
     "compile_layers",
     "flash_runs_on",
     "new_model",
@@ -56,6 +52,5 @@ __getattr__, __dir__ = lazy_attributes(
             "flash_runs_on",
             "pack",
         ],
-        "bigdssm.models.scorers": ["FeatureScorer", "Scorer", "VectorScorer"],
     },
 )

@@ -1,31 +1,27 @@
-"""Config keys of sequence blocks, text encoders and scorers; torch is imported when one is built."""
+"""Config keys of sequence blocks and text encoders; torch is imported when one is built."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bigdssm.config import (
     HISTORY_BLOCKS,
-    SCORERS,
     TEXT_ENCODERS,
     HistoryEncoderConfig,
-    ModelConfig,
     TextEncoderConfig,
     TextInputs,
 )
-from bigdssm.config.components import MAX_WIDTH, FeatureScorerConfig, VectorScorerConfig
+from bigdssm.config.components import MAX_WIDTH
 from bigdssm.errors import ConfigError
-from bigdssm.utils.components import bounded, require
+from bigdssm.utils.components import bounded
 
 if TYPE_CHECKING:
     from torch import nn
 
 register_block = HISTORY_BLOCKS.register
 register_text_encoder = TEXT_ENCODERS.register
-register_scorer = SCORERS.register
 
 
 @register_block
@@ -194,36 +190,3 @@ class Transformer(TextEncoderConfig):
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-@register_scorer
-@dataclass(frozen=True)
-class MlpConfig(VectorScorerConfig):
-    """An MLP on [u, w, u * w] that replaces the product, and is trained with the towers."""
-
-    name: str = "mlp"
-    hidden: tuple[int, ...] = bounded((64,), 1, MAX_WIDTH)  # widths of the hidden layers, at least one
-
-    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
-        """Return a new scorer for a model."""
-        from bigdssm.models.scorers import MlpScorer
-
-        return MlpScorer(model.dim, self.hidden)
-
-    def check(self, key: str) -> None:
-        """Raise ConfigError: no hidden layer."""
-        require(len(self.hidden) > 0, f"{key}.hidden", "[]", "at least one width")
-
-
-@register_scorer
-@dataclass(frozen=True)
-class CrossEncoderConfig(FeatureScorerConfig):
-    """A BERT over the texts of both sides, initialized from the document tower's and added to the product."""
-
-    name: str = "cross_encoder"
-
-    def build(self, model: ModelConfig, schema: Any, texts: Mapping[str, Any]) -> Any:
-        """Return a new scorer for a model. Raises ConfigError: a side without text, or no BERT."""
-        from bigdssm.models.scorers import CrossEncoder
-
-        return CrossEncoder.build(model, schema, texts)

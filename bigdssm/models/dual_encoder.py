@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bigdssm.config import ModelConfig, ScorerConfig
+from bigdssm.config import ModelConfig
 from bigdssm.dataset.schema import REQUEST, Schema
 from bigdssm.errors import ConfigError
 from bigdssm.features import PADDING, Age, Categorical, Feature, age_of, histories_of, timestamp_of
@@ -28,7 +28,6 @@ from bigdssm.models.encoders import (
 from bigdssm.models.encoders.base import SideSize, checked_output, linear_flops
 from bigdssm.models.encoders.history import HistoryEncoder
 from bigdssm.models.packed import Packed, PackedLists, QueryPositions, Values
-from bigdssm.models.scorers import PREFIX, FeatureScorer, Scorer
 
 ALPHA_MAX = 100.0
 MIN_NORM = 1e-12  # a missing value has a vector of zeros
@@ -162,7 +161,6 @@ class Encoded(NamedTuple):
     W: Tensor | None  # [n, D]
     beta: Tensor | None  # [n]
     alpha: Tensor  # [1]
-    scores: Tensor | None = None  # of the model's scorer: [m, l] of candidates, [p] of pairs
 
 
 class DualEncoder(nn.Module):
@@ -171,8 +169,7 @@ class DualEncoder(nn.Module):
     The last dimensions of both vectors are those of age, if a document feature is of this type (`models.age`).
 
     Weights are new, with `pretrained` except those of pretrained folders in `config`; `texts` are the architectures
-    of the text encoders, by `text_keys`; `dense` are embedding tables that are not sharded. `scorer` replaces or
-    extends the product; if it does not take the towers' vectors, the towers are frozen. Source: Huang et al. 2013
+    of the text encoders, by `text_keys`; `dense` are embedding tables that are not sharded. Source: Huang et al. 2013
     (DSSM); Radford et al. 2021 (CLIP) for the learned scale.
     """
 
@@ -181,7 +178,6 @@ class DualEncoder(nn.Module):
         config: ModelConfig,
         schema: Schema,
         texts: Mapping[str, Any],
-        scorer: ScorerConfig | None = None,
         *,
         pretrained: bool = False,
         dense: Collection[str] = (),
@@ -215,11 +211,7 @@ class DualEncoder(nn.Module):
             self.age = AgeCoordinates(age.periods)
             self._age_features = age.name, f"{REQUEST_PREFIX}{timestamp_of(schema.event)}"
         # Shape (1,): a 0-dim parameter breaks DeepSpeed's bf16 broadcast over gloo.
-        self.scorer = None if scorer is None else scorer.build(config, schema, texts)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(config.alpha_init)), requires_grad=config.alpha_learned)
-        if self.scorer is not None and isinstance(self.scorer, FeatureScorer):
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name.startswith(PREFIX))
 
     @property
     def has_beta(self) -> bool:
@@ -243,38 +235,19 @@ class DualEncoder(nn.Module):
                 previous, encoder.contents = encoder.contents, contents
         return previous
 
-    def load_towers(self, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
-        """Load all weights of a model without a scorer, and initialize this model's scorer, if any.
-
-        assign: the tensors of `state` become the weights, and are not copied. Raises RuntimeError: `state` does not
-        belong to such a model.
-        """
-        if scored := Scorer.weights_in(state):
-            raise RuntimeError(f"it has a scorer, with {', '.join(scored)}")
-        self.load_state_dict({**state, **Scorer.weights_in(self.state_dict())}, assign=assign)
-        if self.scorer is not None:
-            self.scorer.initialize(dict(self.text.items()))
-
     def forward(
         self,
         query: Mapping[str, Values] | None = None,
         doc: Mapping[str, Values] | None = None,
-        candidates: Tensor | None = None,
         query_positions: QueryPositions | None = None,
-        paired: bool = False,
     ) -> Encoded:
         """Encode queries, documents, or both; alpha is always returned (ZeRO-3 hides it outside the forward).
 
         Without `query_positions`, a row of `query` is one query with its whole history. With them, there are m queries,
         each with a prefix of its row's history: histories are encoded in one pass, other features once per row.
-        candidates int64 [m, l]: rows of `doc` to score for each query with the MLP. paired: only score row i of both
-        sides as a pair, with a scorer that takes features.
         """
         alpha: Tensor = _ClampAbove.apply(self.log_alpha.float().exp(), ALPHA_MAX)
-        if paired:
-            assert query is not None and doc is not None and self.scorer is not None
-            return Encoded(None, None, None, alpha, self.scorer(query, doc))
-        U = W = beta = scores = None
+        U = W = beta = None
         if query is not None:
             U = self._normalized(self.query_tower(query, query_positions))
             if self.age is not None:
@@ -291,10 +264,7 @@ class DualEncoder(nn.Module):
             elif self.beta is not None:
                 # shape[0], not len(): an export would fix the number of rows
                 beta = self.beta.float() + W.new_zeros(W.shape[0], dtype=torch.float32)
-        if candidates is not None:
-            assert U is not None and W is not None and self.scorer is not None
-            scores = self.scorer(U[:, None], W[candidates])
-        return Encoded(U, W, beta, alpha, scores)
+        return Encoded(U, W, beta, alpha)
 
     @torch.no_grad()
     def freeze_documents(self, state: Mapping[str, Tensor] | None = None) -> None:
@@ -310,7 +280,7 @@ class DualEncoder(nn.Module):
                         parameter[len(value) :] = value[OUT_OF_VOCABULARY]
 
     def frozen_weights(self) -> dict[str, nn.Parameter]:
-        """Return the weights that are not trained: those under adapters, towers under a scorer, fixed documents'."""
+        """Return the weights that are not trained: those under adapters, and those of fixed documents."""
         return {name: p for name, p in self.named_parameters() if not p.requires_grad and p is not self.log_alpha}
 
     def checkpoint_activations(self) -> None:
@@ -362,7 +332,7 @@ class DualEncoder(nn.Module):
 
 
 def new_model(
-    config: ModelConfig, schema: Schema, vocab_size: int = 0, scorer: ScorerConfig | None = None, *,
+    config: ModelConfig, schema: Schema, vocab_size: int = 0, *,
     loading: AbstractContextManager[None] | None = None, dense: Collection[str] = (),
 ) -> DualEncoder:  # fmt: skip
     """Return a model to train, with new weights and those of the pretrained folders in `config`.
@@ -372,7 +342,7 @@ def new_model(
     """
     texts = text_architectures(config, schema, vocab_size)
     with loading or nullcontext():
-        return DualEncoder(config, schema, texts, scorer, pretrained=True, dense=dense)
+        return DualEncoder(config, schema, texts, pretrained=True, dense=dense)
 
 
 class _ClampAbove(torch.autograd.Function):

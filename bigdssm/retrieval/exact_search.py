@@ -217,20 +217,14 @@ def top_of_round(search: Search, batch: SearchRound, top: int) -> Tensor:
     return received.transpose(0, 1).flatten(1).topk(top, dim=1).values
 
 
-def exact_search(
-    documents: DocumentVectors, matrix: Callable[[Tensor, Tensor], Tensor] = inner_products, at_once: int | None = None
-) -> Search:
-    """Return a Search that scores every document by `matrix`, queries [m, …] and documents [n, …] to scores [m, n].
-
-    at_once: documents per tile, default TILE_DOCS.
-    """
+def exact_search(documents: DocumentVectors) -> Search:
+    """Return a Search that scores every document by inner product."""
 
     def search(queries: Tensor, top: int, excluded: ExcludedDocuments) -> Tensor:
         best = pack_keys(queries.new_full((len(queries), top), float("-inf")), excluded.rows.new_tensor(-1))
-        tile_docs = at_once or TILE_DOCS
-        for first in range(0, len(documents), tile_docs):
-            tile = documents.vectors[first : first + tile_docs]
-            scores = matrix(queries, tile)
+        for first in range(0, len(documents), TILE_DOCS):
+            tile = documents.vectors[first : first + TILE_DOCS]
+            scores = inner_products(queries, tile)
             excluded.mask(scores, documents, first)
             best_of_tile = _best_positions(scores, min(top, len(tile)))
             keys = pack_keys(scores.gather(1, best_of_tile), best_of_tile + (documents.first + first))

@@ -81,6 +81,16 @@ class Reranker:
         return scores
 
 
+def check_reranking(rerank: int, reranker: Path | None) -> None:
+    """Raise ConfigError unless both a number of documents and a cross-encoder are given, or neither."""
+    if rerank < 0 or rerank == 1:
+        raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
+    if rerank and reranker is None:
+        raise ConfigError(f"--rerank {rerank}: needs --reranker, the folder of a cross-encoder (docs/ranking.md)")
+    if reranker is not None and not rerank:
+        raise ConfigError(f"--reranker {reranker}: needs --rerank, the number of documents to re-rank")
+
+
 def load_cross_encoder(folder: Path) -> CrossEncoder:
     """Load a cross-encoder with logits as outputs.
 

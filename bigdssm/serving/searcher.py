@@ -37,9 +37,9 @@ from bigdssm.loader.batch import to_features
 from bigdssm.retrieval.embed import item_contents, query_vectors
 from bigdssm.retrieval.index import DocumentIndex, StoreIndex, cosine_similarities, open_index
 from bigdssm.retrieval.index_types import set_search_threads
-from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.queries import Queries, Query, first_users, times_of_requests
 from bigdssm.retrieval.request import Request
+from bigdssm.retrieval.reranking import Reranker, Texts, check_reranking
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.stores.base import ScoredDocument, Store, StoredVector, is_store, open_named
 from bigdssm.utils.arguments import check_utf8, checked
@@ -121,17 +121,16 @@ class Searcher:
     @checked
     def __init__(
         self, folder: ModelFolder, index: DocumentIndex, dataset: Dataset | None, threads: int | None = None,
-        onnx: Path | None = None, rerank: int = 0,
+        onnx: Path | None = None, rerank: int = 0, reranker: Path | None = None,
     ) -> None:  # fmt: skip
         """Users, histories and re-ranking need the dataset.
 
         `threads`: FAISS threads per search; default: FAISS's own. `onnx`: file of the query tower to encode with. The
-        model's scorer re-ranks the best `rerank` documents. Raises: ConfigError: `threads` or `rerank` out of range;
-        CheckpointError: the index or the dataset does not match the model, or the model has no scorer; DataError: a
-        dataset is required and missing.
+        cross-encoder in the folder `reranker` re-ranks the best `rerank` documents. Raises: ConfigError: `threads` or
+        `rerank` out of range, or `reranker` holds no cross-encoder, or the model has no texts for it; CheckpointError:
+        the index or the dataset does not match the model; DataError: a dataset is required and missing.
         """
-        if rerank < 0 or rerank == 1:
-            raise ConfigError(f"rerank={rerank}: needs at least 2 documents, or 0 for none")
+        check_reranking(rerank, reranker)
         if threads is not None and threads < 1:
             raise ConfigError(f"threads={threads}: needs at least 1")
         index.check_model(folder.doc_checksum)
@@ -142,19 +141,20 @@ class Searcher:
                 folder.model.set_contents(item_contents(folder.model, dataset))
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
-        self._rerank, self._scorer = rerank, None
-        if rerank:
+        self._rerank = rerank
+        self._reranker = None
+        if reranker is not None:
             if dataset is None:
-                raise DataError("a scorer needs the documents' features; give the dataset with --data")
-            self._scorer = PairScorer.from_folder(folder, dataset)
-            self._scorer.require_scorer()
+                raise DataError("re-ranking reads the documents' texts; give the dataset with --data")
+            texts = Texts(folder.schema, folder.tokenizer, dataset.catalogue.columns)
+            self._reranker = Reranker(reranker, texts)
         self.queries = Queries(folder.schema, folder.tokenizer, dataset, folder.config.data.exclude_seen, index.filters)
 
     @classmethod
     @checked
     def open(
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
-        onnx: Path | None = None, rerank: int = 0,
+        onnx: Path | None = None, rerank: int = 0, reranker: str | Path | None = None,
     ) -> "Searcher":  # fmt: skip
         """Open a model folder, an index and a dataset, by default the training dataset.
 
@@ -163,7 +163,8 @@ class Searcher:
         (no history, no re-ranking), none is opened. Raises CheckpointError, DataError: missing, damaged, or not
         matching the model.
         """
-        return Folders(Path(model), index, data, threads, onnx, rerank).open()
+        cross_encoder = None if reranker is None else Path(reranker)
+        return Folders(Path(model), index, data, threads, onnx, rerank, cross_encoder).open()
 
     def on(self, index: DocumentIndex) -> "Searcher":
         """Return a searcher of this model and dataset with another index. Raises CheckpointError: of another model."""
@@ -252,13 +253,13 @@ class Searcher:
             for i, documents in zip(members, results_of_group, strict=True):
                 results[i] = documents
         searched = time.perf_counter()
-        if self._scorer is not None:
+        if self._reranker is not None:
             assert self._dataset is not None
             rows = np.full((len(queries), max(len(documents[: self._rerank]) for documents in results)), -1)
             for i, documents in enumerate(results):
                 keys = [document.key for document in documents[: self._rerank]]
                 rows[i, : len(keys)] = self._dataset.catalogue.rows_by_key(keys)
-            new = self._scorer.score(self._columns(queries), rows)
+            new = self._reranker.score(self._columns(queries), rows)
             for i, documents in enumerate(results):
                 known = np.flatnonzero(rows[i] >= 0)  # a store may have newer documents than the dataset
                 order = known[np.argsort(-new[i, known], kind="stable")].tolist()
@@ -341,7 +342,8 @@ class Folders:
     data: str | None = None
     threads: int | None = None
     onnx: Path | None = None  # file of the query tower to encode with
-    rerank: int = 0  # documents that the model's scorer re-ranks
+    rerank: int = 0  # documents that the cross-encoder re-ranks
+    reranker: Path | None = None  # folder of the cross-encoder
 
     def open(self, current: Searcher | None = None) -> Searcher:
         """Open the current content; model and dataset of `current` are reused if they have not changed.
@@ -388,7 +390,7 @@ class Folders:
             where = self.data or folder.config.data.dir
             inode = _inode(where)  # first, so that a concurrent replacement is detected
             dataset = Dataset.open(where, cache=cache)
-        searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank)
+        searcher = Searcher(folder, index, dataset, self.threads, self.onnx, self.rerank, self.reranker)
         searcher.inode = inode
         return searcher
 

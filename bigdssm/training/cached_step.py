@@ -140,7 +140,7 @@ def cached_step(
     _check_trainer()
     plan = plan_step(batch, budget)
     step_engine = _step_engine(engine, encode_side, alpha, in_chunks=not plan.whole)
-    encoded, towers_backward, _ = encode(step_engine, batch, plan, {})
+    encoded, towers_backward = encode(step_engine, batch, plan)
     if not torch.is_grad_enabled():
         return function(encoded, batch)
 

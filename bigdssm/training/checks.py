@@ -172,7 +172,6 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
     for key, got, needed, reason in (
         ("weight_average", stage.weight_average, 0.0, "the average would hold every row"),
         ("negatives.columns", stage.negatives.columns, "batch", "all rows would be fetched in every step"),
-        ("scorer", stage.scorer, None, "scorers would read rows outside of a step"),
         ("warm_start.window", stage.warm_start.window if shares else 0, 0, "ids share the rows of hash_rows"),
         ("documents.model", stage.documents.model, None, "the rows of the document tower would be trained"),
     ):

@@ -26,7 +26,7 @@ from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.batch import Batch, Features
 from bigdssm.loader.step_plan import CHUNK_TOKENS_CPU, Chunked, StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes
-from bigdssm.models import DualEncoder, Encoded, FeatureScorer, use_eager_attention
+from bigdssm.models import DualEncoder, Encoded, use_eager_attention
 from bigdssm.models.embedding_tables import sharded_tables
 from bigdssm.models.encoders import text_architectures
 from bigdssm.models.precision import resolve_engine_precision
@@ -35,10 +35,10 @@ from bigdssm.retrieval.vectors import load_vectors, read_meta
 from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec
 from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
 from bigdssm.training.metrics_logger import step_flops
-from bigdssm.training.objective import candidate_columns, num_negatives
+from bigdssm.training.objective import num_negatives
 from bigdssm.training.optimizers import parameter_groups
 from bigdssm.training.start import segment_steps
-from bigdssm.training.step import EncodedChunk, encoded_chunks, pair_chunks, whole_features
+from bigdssm.training.step import EncodedChunk, encoded_chunks, whole_features
 from bigdssm.training.validation import SPLIT
 
 MASTER_WEIGHTS, OPTIMIZER_STATES = "float32 copy of the weights", "optimizer's states"
@@ -265,7 +265,7 @@ def estimate(
     texts = text_architectures(config.model, dataset.schema, dataset.vocab_size)
     mode = FakeTensorMode()
     with torch.device("meta"):  # peft cannot build its layers of fake tensors
-        model = DualEncoder(config.model, dataset.schema, texts, stage.scorer)
+        model = DualEncoder(config.model, dataset.schema, texts)
     engine = resolve_engine_precision(config.engine, model, "cuda" if torch.cuda.is_available() else "cpu")
     with mode:
         _materialize(model, torch.bfloat16 if engine.precision == "bf16_pure" else None)
@@ -314,16 +314,15 @@ def estimate(
     num_known = 0 if batch.known_positives is None else len(batch.known_positives)
     tile, both = config.engine.loss_tile, stage.loss.direction != "q2d"
     vectors = 2 * FP32 * sum(sides) * width  # and their gradients
-    loss, sent = 0, sent_bytes(engine, trained, _gathered_weights(model, plan))
+    sent = sent_bytes(engine, trained, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
         fetched = {name: len(rows) * specs[name].hashes for name, rows in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
-    if stage.scorer is None:  # a scorer compares only a few candidates per query
-        loss = loss_bytes(
-            *sides, width, world_size, both=both, tile=tile, num_known=num_known,
-            gathers_known=stage.negatives.mask in ("batch", "user"),
-        )  # fmt: skip
-        sent = loss_sent_bytes(sides[1], width, world_size, both=both) | sent
+    loss = loss_bytes(
+        *sides, width, world_size, both=both, tile=tile, num_known=num_known,
+        gathers_known=stage.negatives.mask in ("batch", "user"),
+    )  # fmt: skip
+    sent = loss_sent_bytes(sides[1], width, world_size, both=both) | sent
     steps = segment_steps(stage, steps_per_epoch)
     validations = max(1, -(-steps // (stage.validate_every_steps or steps or 1)))
     validations += config.initial_model(name) is not None
@@ -429,20 +428,12 @@ def _towers(
 
     The peak includes gradients of the weights and heap fragmentation.
     """
-    budget = TokenBudget.of(engine, model.accepts_packed(training=True))
     chunks = [] if plan.whole else encoded_chunks(batch, plan)
     query_positions = {} if batch.query_positions is None else {"query_positions": batch.query_positions}
-    candidates = {} if model.scorer is None else {"candidates": candidate_columns(batch)}
     query = whole_features(batch.query, plan.query)
     doc = whole_features(batch.doc, plan.doc) if batch.doc_vectors is None else None
     batch_inputs: dict[str, Any] = {"query": query, "doc": doc, **query_positions}
-    fixed: list[dict[str, Any]] = []  # inputs of frozen towers
-    if isinstance(model.scorer, FeatureScorer):
-        fixed = [chunk.inputs for chunk in chunks] or [batch_inputs]
-        chunks = [*pair_chunks(model.scorer, batch, candidates["candidates"], budget)]
-    retained_inputs = (
-        [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [{**batch_inputs, **candidates}]
-    )
+    retained_inputs = [chunk.inputs for chunk in chunks if chunk.retain_graph] if chunks else [batch_inputs]
     # the largest chunk of each side without a retained graph
     by_side: dict[str, list[EncodedChunk]] = {}
     for chunk in chunks:
@@ -460,7 +451,7 @@ def _towers(
         retained = [encode(**inputs) for inputs in retained_inputs]
         waiting = live.now
         with torch.no_grad():
-            for inputs in (*fixed, *again):
+            for inputs in again:
                 encode(**inputs)
         if retained:
             _backward(retained)

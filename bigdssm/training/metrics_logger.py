@@ -16,7 +16,7 @@ from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.loader.batch import Batch
 from bigdssm.loader.step_plan import StepPlan
-from bigdssm.models import DualEncoder, FeatureScorer
+from bigdssm.models import DualEncoder
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
 from bigdssm.utils import timing
@@ -149,10 +149,7 @@ def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
     """Return the FLOPs of this rank's forward and backward (twice the forward); see `DualEncoder.flops`."""
     query, doc = batch.sizes
     towers = model.query_tower.flops(query) if batch.doc_vectors is not None else model.flops(query, doc)
-    if plan.pairs is None:
-        return 3 * towers
-    assert isinstance(model.scorer, FeatureScorer)
-    return towers + 3 * model.scorer.flops(plan.pairs.length)
+    return 3 * towers
 
 
 @dataclass

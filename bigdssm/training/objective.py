@@ -15,7 +15,7 @@ from torch import Tensor
 from bigdssm import distributed
 from bigdssm.config import FrequencyCorrection, ModelConfig, StageConfig
 from bigdssm.dataset.catalogue import NO_ROWS
-from bigdssm.loader.batch import Batch, Features
+from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
     BatchTeacher,
     CountedFrequency,
@@ -27,7 +27,6 @@ from bigdssm.losses import (
     matryoshka_loss,
     norm_penalty,
     relevance_weight,
-    scored_loss,
 )
 from bigdssm.losses.contrastive import SharedColumns
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
@@ -83,8 +82,7 @@ class Objective:
         """
         loss = self._loss
         weight = relevance_weight(batch.relevance, loss.weight)
-        score = self._on_scores if self._stage.scorer else self._on_vectors
-        output = score(encoded, batch, weight)
+        output = self._on_vectors(encoded, batch, weight)
         if self._position_bias is not None:
             output = replace(output, stats={**output.stats, "position_bias": self._position_bias.range()})
         if self._sampling is not None and self._sampling.gamma > 0:  # it would be of corrected scores
@@ -100,31 +98,6 @@ class Objective:
         """Update the weights of the loss itself, unless the step is skipped; a collective."""
         if self._position_bias is not None:
             self._position_bias.step(applied, lr_factor)
-
-    def model_inputs(self, batch: Batch) -> Features:
-        """Return the inputs of the model's forward, in addition to features, that this loss requires."""
-        return {} if self._stage.scorer is None else {"candidates": candidate_columns(batch)}
-
-    def _on_scores(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
-        candidates = candidate_columns(batch)
-        assert encoded.scores is not None and batch.negatives is not None
-        absent = batch.negatives < 0
-        if batch.time is not None and batch.since is not None:
-            absent |= batch.since[batch.negatives] > batch.time[:, None]
-        if batch.no_negative is not None:
-            absent |= batch.no_negative[batch.negatives]
-        absent = torch.nn.functional.pad(absent, (1, 0))  # the positive is always present
-        scores = encoded.scores.float().masked_fill(absent, -torch.inf)
-        biased = scores if self._position_bias is None else scores + self._position_bias(batch.shown)
-        output = scored_loss(
-            self._loss, biased, weight=weight, doc_ids=batch.doc_ids[candidates], **self._queries(batch, gathered=True)
-        )
-        distillation = self._stage.distillation
-        if not isinstance(distillation, ListDistillation):
-            return output
-        duplicates = torch.nn.functional.pad(batch.negatives == batch.positive[:, None], (1, 0))
-        scores = scores.masked_fill(duplicates, -torch.inf)
-        return self._added(output, scored_loss(distillation, scores, weight=weight, teacher=batch.teacher).loss)
 
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
@@ -204,22 +177,12 @@ class Objective:
         stats = {**output.stats, "distillation": distillation.detach()}
         return LossOutput(output.loss + self._stage.distillation.weight * distillation, stats)
 
-    def _queries(self, batch: Batch, gathered: bool = False) -> dict[str, Any]:
-        """Return query_ids and known pairs by the mask: queries with equal ids share positives, or are distinct.
-
-        gathered: replace None by globally unique ids, for a loss that compares the queries of all ranks.
-        """
-        if self._stage.negatives.mask not in ("past", "none"):  # without a config, the mask is batch
-            return {"query_ids": batch.query_ids, "known": batch.known_positives, "is_known": batch.is_known}
-        if not gathered:
+    def _queries(self, batch: Batch) -> dict[str, Any]:
+        """Return query_ids and known pairs by the mask: queries with equal ids share positives, or are distinct."""
+        if self._stage.negatives.mask in ("past", "none"):
             return {"query_ids": None, "known": batch.known_positives}
-        first = distributed.rank() << 40
-        known = (
-            None
-            if batch.known_positives is None
-            else torch.stack([first + batch.known_positives[:, 0], batch.known_positives[:, 1]], 1)
-        )
-        return {"query_ids": first + torch.arange(len(batch.query_ids), device=batch.query_ids.device), "known": known}
+        # without a config, the mask is batch
+        return {"query_ids": batch.query_ids, "known": batch.known_positives, "is_known": batch.is_known}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of the loss; the same on every rank."""
@@ -283,12 +246,6 @@ class PositionBias:
         self._averages.copy_(state[self.STATE][1:])
         with torch.no_grad():
             self._values.copy_(state[self.STATE][0])
-
-
-def candidate_columns(batch: Batch) -> Tensor:
-    """Return int64 [m, 1 + k], the columns of each query's positive and of its hard negatives."""
-    assert batch.negatives is not None
-    return torch.cat([batch.positive[:, None], batch.negatives.clamp(min=0)], 1)
 
 
 def num_negatives(stage: StageConfig, batch: Batch, world_size: int, num_docs: int) -> int:

@@ -95,21 +95,19 @@ START_MODEL = "start_model"  # in the state of a checkpoint
 def build_model(config: Config, name: StageName, dataset: Dataset, resume: bool) -> tuple[DualEncoder, Schema | None]:
     """Build a new model, or load the initial model and check it against dataset and config; return it with its schema.
 
-    A stage with a scorer gets a new one. A resumed stage takes vocabularies and architecture from here, and weights
+    A resumed stage takes vocabularies and architecture from here, and weights
     from the checkpoint; tables that were weights in it are not sharded if they have grown.
     """
-    source, scorer = config.initial_model(name), config.stage(name).scorer
+    source = config.initial_model(name)
     if source is None:
         # .train(), since transformers returns pretrained encoders in evaluation mode
         saved = checkpoints_in(config.stage_dir(name) / CHECKPOINTS)[-1:] if resume else []
         dense = dense_tables(name for path in saved for name in tensor_names(path))
         is_copied = config.stage(name).documents.model is not None  # a document tower that is copied is whole
         loading = None if is_copied else partitioned_loading(config.engine, config.stage(name).optimizer)
-        model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer, loading=loading, dense=dense)
+        model = new_model(config.model, dataset.schema, dataset.vocab_size, loading=loading, dense=dense)
         return model.train(), None
-    loaded = load_initial_model(source, config.model, scorer)
-    if loaded.model.scorer is not None and scorer is None:
-        raise ConfigError(f"{source} has a scorer, which {name} would not train; start from a model without one")
+    loaded = load_initial_model(source, config.model)
     loaded.view(dataset)
     # values of new partitions extend the vocabularies
     for table, (old_rows, new_rows) in loaded.model.tables.grow(dataset.schema).items():
@@ -310,7 +308,7 @@ def find_start_folder(config: Config, name: StageName, model: DualEncoder, start
     """Return the model folder whose weights a segment starts from, None if there is none with exactly these.
 
     Only new rows of tables are not in it: those of values that its training did not have. Weights that the stage adds,
-    such as adapters and scorers, make it another model, and so does a document tower that it copies.
+    such as adapters, make it another model, and so does a document tower that it copies.
     """
     best, source = config.stage_dir(name) / "best", config.initial_model(name)
     if start.progress.segment_start_step > 0:

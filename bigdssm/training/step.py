@@ -9,11 +9,10 @@ Shapes: m queries, n documents, D vector width.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,21 +22,18 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from bigdssm import distributed
 from bigdssm.errors import ConfigError
-from bigdssm.loader.batch import Batch, Features, join_sides, split_sides
+from bigdssm.loader.batch import Batch, Features
 from bigdssm.loader.step_plan import (
     Chunk,
     ChunkCounts,
     Chunked,
     SidePlan,
     StepPlan,
-    TokenBudget,
     at_least_one,
-    plan_side,
 )
 from bigdssm.loader.stream import RowCounts
 from bigdssm.losses import LossOutput
-from bigdssm.models import DualEncoder, Encoded, FeatureScorer, Values
-from bigdssm.models.dual_encoder import document_head, query_head
+from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.utils import timing
 from bigdssm.utils.device import RandomState, to_device
 
@@ -113,18 +109,17 @@ def train_step(
     plan: StepPlan,
     loss_function: LossFunction,
     lr_factor: float,
-    extra_inputs: Features | None = None,
     make_report: Callable[[], RankReport] = RankReport,
 ) -> StepResult:
     """Run one step on this rank's share of the global batch. All ranks must call it.
 
-    extra_inputs: see `encode`. make_report: called after the backward pass, while gradients are being reduced.
+    make_report: called after the backward pass, while gradients are being reduced.
     """
     if batch.table_rows is not None:
         with timing.span("tables"):
             engine.fetch(batch.table_rows)
     with timing.span("encode"):
-        encoded, towers_backward, plan = encode(engine, batch, plan, extra_inputs or {})
+        encoded, towers_backward = encode(engine, batch, plan)
     output = back_propagate(encoded, towers_backward, lambda leaves: loss_function(leaves, batch))
     with timing.span("optimizer"):
         read_reports = exchange_reports(output.loss, encoded.alpha, make_report())
@@ -170,25 +165,14 @@ def back_propagate(
     return output
 
 
-def encode(
-    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
-) -> tuple[Encoded, TowersBackward, StepPlan]:
-    """Encode a batch; return the embeddings U [m, D], W [n, D], the towers' backward pass and the executed plan.
+def encode(engine: StepEngine, batch: Batch, plan: StepPlan) -> tuple[Encoded, TowersBackward]:
+    """Encode a batch; return the embeddings U [m, D], W [n, D] and the towers' backward pass.
 
-    extra_inputs: inputs of the model's forward in addition to the features of both sides, by name; only if whole.
+    The towers run in chunks, or in one forward pass with one backward pass.
     """
-    if isinstance(getattr(engine.module, "scorer", None), FeatureScorer):
-        return encode_pairs(engine, batch, plan, extra_inputs["candidates"])
-    return *_encode_towers(engine, batch, plan, extra_inputs), plan
-
-
-def _encode_towers(
-    engine: StepEngine, batch: Batch, plan: StepPlan, extra_inputs: Features
-) -> tuple[Encoded, TowersBackward]:
-    """Encode in chunks, or in one forward pass with one backward pass."""
     if not plan.whole:
         return _encode_in_chunks(engine, batch, encoded_chunks(batch, plan))
-    inputs: dict[str, Any] = dict(at_least_one(extra_inputs)) if extra_inputs else {}
+    inputs: dict[str, Any] = {}
     if batch.query_positions is not None:
         inputs["query_positions"] = batch.query_positions
     query = whole_features(batch.query, plan.query)
@@ -199,8 +183,7 @@ def _encode_towers(
     assert padded.U is not None and W is not None
     # without the row of padding that stands for an empty side
     beta = None if beta is None else beta[:num_docs]
-    scores = None if padded.scores is None else padded.scores[:num_queries]
-    encoded = Encoded(padded.U[:num_queries], W[:num_docs], beta, padded.alpha, scores)
+    encoded = Encoded(padded.U[:num_queries], W[:num_docs], beta, padded.alpha)
 
     def backward_whole(leaves: Encoded) -> None:
         pairs = [
@@ -337,78 +320,6 @@ def _backward_in_chunks(engine: StepEngine, chunks: Sequence[EncodedChunk], leav
                 if chunk is groups[0][-1]:  # once: alpha is the same in every chunk
                     pairs.append((encoded.alpha, _gradient(leaves.alpha)))
             engine.backward(pairs)
-
-
-class EncodedPairChunk(EncodedChunk):
-    """A chunk of pairs, scored from the features of both sides."""
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The inputs of the model's forward."""
-        return {**split_sides(self.side.features(self.chunk)), "paired": True}
-
-    def gradients(self, encoded: Encoded, leaves: Encoded) -> OutputGradients:
-        """Return the scores with their gradients."""
-        index = self.side.outputs(self.chunk)
-        assert encoded.scores is not None and leaves.scores is not None
-        return [(encoded.scores[: len(index)], _gradient(leaves.scores).flatten()[index])]
-
-
-def encode_pairs(
-    engine: StepEngine, batch: Batch, plan: StepPlan, candidates: Tensor
-) -> tuple[Encoded, TowersBackward, StepPlan]:
-    """Score each query's candidates, columns int64 [m, l], as pairs; returns as `encode`.
-
-    All ranks must call it. The score is the sum of the scorer's output and the towers' score, which has no
-    gradient.
-    """
-    scorer = cast(DualEncoder, engine.module).scorer
-    assert isinstance(scorer, FeatureScorer)
-    chunks = pair_chunks(scorer, batch, candidates, cast(Any, engine).budget)
-    side = chunks[0].side
-    if len(chunks) > 1:
-        _refuse_batch_statistics(scorer)
-    outputs = [chunk.encode(engine) for chunk in chunks]
-    scores = side.assemble([out.scores for out in outputs if out.scores is not None]).view(candidates.shape)
-    # the towers' scores float32 [m, l], without a graph, in evaluation mode
-    engine.module.eval()
-    with torch.no_grad():
-        towers, _ = _encode_towers(engine, batch, plan, {})
-    engine.module.train()
-    assert towers.U is not None and towers.W is not None
-    queries = query_head(towers.U, towers.beta is not None)
-    documents = document_head(towers.W, towers.alpha.detach(), towers.beta)
-    scores = scores.float() + torch.einsum("md,mld->ml", queries, documents[candidates]).detach()
-    encoded = Encoded(None, None, None, outputs[-1].alpha, scores)
-    return encoded, partial(_backward_in_chunks, engine, chunks), replace(plan, pairs=side.plan)
-
-
-def pair_chunks(scorer: FeatureScorer, batch: Batch, candidates: Tensor, budget: TokenBudget) -> list[EncodedPairChunk]:
-    """Return the pairs of each query with its candidates, columns int64 [m, l], in chunks.
-
-    All ranks must call it. The ranks agree on the number of chunks, and on the number of those that retain their graph.
-    """
-    positions = batch.query_positions
-    row_of_query = torch.arange(len(candidates), device=candidates.device) if positions is None else positions.row
-    row, column = row_of_query.repeat_interleave(candidates.shape[1]), candidates.flatten()
-    query, doc = scorer.features["query"], scorer.features["doc"]
-    features = join_sides(
-        {name: batch.query[name][row] for name in query}, {name: batch.doc[name][column] for name in doc}
-    )
-    lengths = join_sides(
-        {name: batch.query_lengths[name].take(row) for name in query},
-        {name: batch.doc_lengths[name].take(column) for name in doc},
-    )
-    pairs = plan_side(lengths, candidates.numel(), budget.chunk_tokens)
-    retained = np.cumsum([chunk.tokens for chunk in reversed(pairs.chunks)]) <= budget.retained_tokens
-    recomputed = len(pairs.chunks) - int(retained.sum()) if budget.chunk_tokens else 0  # the first ones
-    counts = torch.tensor([max(1, len(pairs.chunks)), recomputed])
-    num_chunks, first_retained = distributed.all_reduce(counts, "max").tolist()
-    pairs = pairs.padded_to(num_chunks)
-    side = Chunked(features, pairs)
-    return [
-        EncodedPairChunk("pairs", side, chunk, retain_graph=i >= first_retained) for i, chunk in enumerate(pairs.chunks)
-    ]
 
 
 def _assembled(side: Chunked, outputs: Sequence[Encoded], part: str) -> Tensor | None:

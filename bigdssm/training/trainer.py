@@ -175,8 +175,7 @@ class Trainer:
         lr_factor = self.lr_ratio * schedule_factor(applied, segment_steps, stage.optimizer)
         if self.contents is not None:
             self.contents.use(batch.step)
-        extra_inputs = self.objective.model_inputs(batch)
-        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, extra_inputs, make_report)
+        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, make_report)
         self.objective.step(result.applied, lr_factor)
 
         progress.step += 1

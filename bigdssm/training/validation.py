@@ -23,11 +23,10 @@ from bigdssm.checkpoints.training_record import TRAINED, TrainingRecord
 from bigdssm.config import Config, StageName
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import BigDSSMError, CheckpointError
-from bigdssm.evaluation.evaluate import Evaluation, Reranking, encoders_of, evaluate_split
+from bigdssm.evaluation.evaluate import Evaluation, evaluate_split
 from bigdssm.evaluation.metrics import means, row_metrics, standard_errors
-from bigdssm.models import DualEncoder, FeatureScorer, Scorer
-from bigdssm.retrieval.embed import DocumentVectors
-from bigdssm.retrieval.model import PairScorer
+from bigdssm.models import DualEncoder
+from bigdssm.retrieval.embed import DocumentVectors, tower_encoders
 from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.batches import FixedDocuments
 from bigdssm.training.engine import Engine, device, trained_weights
@@ -72,22 +71,12 @@ class Validator:
         """
         if self._validation.num_rows(SPLIT) == 0:
             return None
-        rerank = None
-        if isinstance(cast(DualEncoder, engine.module).scorer, FeatureScorer):
-            dataset, catalogue = self._dataset, self._dataset.catalogue
-            scorer = PairScorer(engine.deepspeed, dataset.schema, catalogue.columns, device())
-            rerank = Reranking(scorer, self._stage.rerank)
         if self._fixed is not None:
             documents = self._fixed.share(device(), self._dataset.catalogue.withdrawn)
 
         with timing.span("validation"):
             return evaluate_split(
-                encoders_of(
-                    engine.deepspeed,
-                    self._dataset,
-                    device(),
-                    lambda: engine.state_dict(Scorer.weights_in(dict(engine.module.named_parameters()))),
-                ),
+                tower_encoders(engine.deepspeed, self._dataset, device()),
                 self._validation,
                 SPLIT,
                 documents=documents,
@@ -95,7 +84,6 @@ class Validator:
                 world_size=distributed.world_size(),
                 rows_per_chunk=self._rows_per_chunk,
                 exclude_seen=self._config.data.exclude_seen,
-                rerank=rerank,
                 progress=progress,
             )
 
