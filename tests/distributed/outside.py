@@ -41,9 +41,8 @@ from bigdssm.features.conditions import And, Expression, Or
 from bigdssm.losses import PairLoss, register_distillation, register_loss, register_sampling
 from bigdssm.losses.declarations import ListDistillation, SoftmaxLoss
 from bigdssm.losses.terms import Scores, TermResult
-from bigdssm.models import VectorScorer
 from bigdssm.models.blocks import AttentionContext, attend, split_heads
-from bigdssm.models.declarations import VectorScorerConfig, register_block, register_scorer, register_text_encoder
+from bigdssm.models.declarations import register_block, register_text_encoder
 from bigdssm.models.encoders import BuildContext, Encoder, TextEncoder, encodes
 from bigdssm.retrieval.embed import document_vectors, query_vectors
 from bigdssm.sources.base import FileSource, Part, register_source
@@ -225,30 +224,6 @@ class Shared(FrequencyCorrection):
 
     def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return self.share * correction, (1 - self.share) * correction
-
-
-@register_scorer
-@dataclass(frozen=True)
-class BilinearConfig(VectorScorerConfig):
-    """A bilinear form of both vectors, of low rank."""
-
-    name: str = "bilinear"
-    rank: int = bounded(4, 1)
-
-    def build(self, model: Any, schema: Any, texts: Mapping[str, Any]) -> nn.Module:
-        return Bilinear(model.dim, self.rank)
-
-
-class Bilinear(VectorScorer):
-    def __init__(self, dim: int, rank: int) -> None:
-        super().__init__()
-        self.query, self.doc = nn.Linear(dim, rank), nn.Linear(dim, rank)
-
-    def new(self) -> Bilinear:
-        return Bilinear(self.query.in_features, self.query.out_features)
-
-    def forward(self, u: Tensor, w: Tensor) -> Tensor:
-        return (self.query(u) * self.doc(w)).sum(-1)
 
 
 @register_optimizer

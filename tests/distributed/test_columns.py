@@ -20,7 +20,6 @@ from bigdssm.loader.batch import Batch, Collator, distinct_in_order, to_features
 from bigdssm.losses import Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded, new_model
-from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import item_contents
 from bigdssm.training.batches import row_stream
 from bigdssm.training.objective import Objective, catalogue_share
@@ -168,8 +167,8 @@ def test_masks_of_each_query_alone_hold_over_the_batch(pools: dict[int, Pool], m
     assert_close(loss, losses.sum() / world.relevance.sum(), 1e-12, "loss")
 
 
-def run_mlp(rank: int, world_size: int) -> float:
-    """Score each query's positive and the last two documents, in place of an MLP; every other row has seen the last."""
+def run_candidates(rank: int, world_size: int) -> float:
+    """Return the loss of each query's positive and the last two documents; every other row has seen the last."""
     world = World(torch.float32)
     batch = world.batch(rank, world_size, "batch", "none")
     m, n = len(batch.positive), len(batch.doc_rows)
@@ -181,15 +180,14 @@ def run_mlp(rank: int, world_size: int) -> float:
         known_positives=torch.cat([seen, world.doc_ids[-1:].expand(len(seen), 1)], 1),
     )  # fmt: skip
     negatives = NegativesConfig(in_batch=False, hard=2, mask="past")
-    config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection(), scorer=MlpConfig())
-    objective = Objective(config, ModelConfig(), None, None, ROWS)
-    listed = objective.model_inputs(batch)["candidates"]
+    config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection())
+    objective = Objective(config, ModelConfig(score="dot"), None, None, ROWS)
     U, W = world.U[batch.row_ids], world.W[rows]
-    return float(objective(Encoded(U, W, None, torch.ones(1), torch.einsum("md,mkd->mk", U, W[listed])), batch).loss)
+    return float(objective(Encoded(U, W, None, torch.ones(1)), batch).loss)
 
 
-def test_numbers_of_queries_differ_between_ranks_where_pairs_are_gathered(pools: dict[int, Pool]) -> None:
-    alone, *both = [run_mlp(0, 1), *pools[2].run(run_mlp)]
+def test_masks_of_candidates_hold_at_unequal_numbers_of_queries_per_rank(pools: dict[int, Pool]) -> None:
+    alone, *both = [run_candidates(0, 1), *pools[2].run(run_candidates)]
     assert np.mean(both) == pytest.approx(alone, rel=1e-6)
 
 

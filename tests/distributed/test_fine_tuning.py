@@ -33,49 +33,6 @@ class Stopped(Exception):
     """Raised on every rank, so that nothing is done at the end of the run."""
 
 
-def test_a_scorer_from_outside_the_package_is_trained_and_ranks_the_catalogue(
-    config: Path,  # noqa: F811
-    reference: Path,  # noqa: F811
-    tmp_path: Path,
-    outside_pools: dict[int, Pool],
-) -> None:
-    overrides = (
-        f"sft.init={reference / 'pretrain' / 'best'}", "sft.loss.name=pair_ce", "sft.scorer={name: bilinear, rank: 3}",
-    )  # fmt: skip
-    for ranks in (1, 2):
-        outside_pools[ranks].run(with_components_from_outside, config, tmp_path / f"{ranks}", overrides)
-    assert_same_curve(tmp_path / "2", tmp_path / "1", stage="sft")
-    (ranked,) = outside_pools[1].run(ranked_by_best, tmp_path / "2")
-    validated = [metrics["ndcg_at_10"] for metrics in small_run.validations(tmp_path / "2", "sft")]
-    assert min(abs(ranked - value) for value in validated) < 1e-6 and len(set(validated)) > 1
-
-
-def with_components_from_outside(
-    rank: int,
-    world_size: int,
-    config: Path,  # noqa: F811
-    run_dir: Path,
-    overrides: tuple[str, ...],
-) -> None:
-    from . import outside  # noqa: F401, it registers a scorer
-
-    small_run.run(rank, world_size, config, run_dir, overrides, "sft")
-
-
-def ranked_by_best(rank: int, world_size: int, run_dir: Path) -> float:
-    """Return NDCG@10 of the validation rows by best/ and its scorer."""
-    from bigdssm.checkpoints.model_folder import load_model_folder
-    from bigdssm.dataset.dataset import Dataset
-    from bigdssm.evaluation.evaluate import encoders_of, evaluate_split
-
-    from . import outside
-
-    loaded = load_model_folder(run_dir / "sft" / "best")
-    assert isinstance(loaded.model.scorer, outside.Bilinear) and loaded.model.scorer.query.out_features == 3
-    dataset = loaded.view(Dataset.open(loaded.config.data.dir))
-    return evaluate_split(encoders_of(loaded.model, dataset), dataset, "validation").metrics["ndcg_at_10"]
-
-
 def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:  # noqa: F811
     """Fine-tune, and stop in `step`."""
     from bigdssm.training import trainer

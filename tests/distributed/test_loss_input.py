@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigdssm.errors import BigDSSMError
-from bigdssm.losses import FPS, PairCE, Triplet, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import FPS, PairCE, Triplet, fps_loss, ranking_loss
 
 from .spawn import Pool
 
@@ -42,6 +42,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "neg_bias +inf": ({"neg_bias": torch.full((N,), float("inf"))}, "neg_bias holds +inf"),
     "neg_bias' gradient": ({"neg_bias": torch.zeros(N, requires_grad=True)}, "it gets no gradient"),
     "known without ids": ({"known": torch.zeros(1, 2, dtype=torch.int64)}, "known pairs need doc_ids"),
+    "known's shape": (
+        {"doc_ids": torch.arange(N), "known": torch.zeros(2, 3, dtype=torch.int64)},
+        "known must be [pairs, 2]",
+    ),
     "known rows": (
         {"doc_ids": torch.arange(N), "known": torch.tensor([[M, 0]])},
         "known holds a row outside this rank's",
@@ -104,33 +108,4 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
 )
 def test_bad_negatives_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
     for message in pools[2].run(call_ranking, bad, timeout_s=20):
-        assert expected in message
-
-
-def call_scored(rank: int, world_size: int, bad: dict[str, Any]) -> str:
-    ids = {"query_ids": torch.arange(M), "doc_ids": torch.zeros(M, 3, dtype=torch.int64)}
-    arguments = {"loss": PairCE(), "scores": torch.zeros(M, 3), **ids, **(bad if rank == 1 else {})}
-    try:
-        scored_loss(**arguments)
-    except BigDSSMError as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-@pytest.mark.parametrize(
-    ("bad", "expected"),
-    [
-        ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
-        ({"loss": FPS(direction="both")}, "direction must be one of q2d, got 'both'"),
-        ({"scores": torch.zeros(M, 1)}, "scores must be floating point [m, 1 + k]"),
-        ({"weight": torch.full((M,), float("nan"))}, "weight holds NaN, infinite or negative values"),
-        ({"query_ids": None}, "query_ids and doc_ids go together"),
-        ({"doc_ids": torch.zeros(M, 2, dtype=torch.int64)}, "doc_ids must be int64 [3, 3]"),
-        ({"known": torch.zeros(2, 3, dtype=torch.int64)}, "known must be [pairs, 2]"),
-        ({"loss": Triplet()}, "the ranks disagree on the loss"),
-        ({"query_ids": None, "doc_ids": None}, "the ranks disagree on which of beta, neg_bias, query_ids"),
-    ],
-)
-def test_bad_scores_stop_every_rank(pools: dict[int, Pool], bad: dict[str, Any], expected: str) -> None:
-    for message in pools[2].run(call_scored, bad, timeout_s=20):
         assert expected in message

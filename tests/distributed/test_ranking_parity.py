@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bigdssm.config import LossConfig
-from bigdssm.losses import LossInputError, PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss, scored_loss
+from bigdssm.losses import LossInputError, PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss
 from bigdssm.losses.reference import dense_loss
 
 from . import reference
@@ -109,32 +109,6 @@ def test_lower_precision(pools: dict[int, Pool], loss: LossConfig, dtype: torch.
         dtype=dtype,
     )  # fmt: skip
     check(pools, loss, shards, 100.0, True, 16, tolerance=tolerance)
-
-
-def by_scores(
-    loss: LossConfig, U: torch.Tensor, W: torch.Tensor, positive: torch.Tensor, *, alpha: torch.Tensor,
-    negatives: torch.Tensor, neg_bias: torch.Tensor, doc_ids: torch.Tensor, **shared: Any,
-) -> Any:  # fmt: skip
-    """Return `scored_loss` of scores that are products, made here, in ranking_loss' place."""
-    listed = torch.cat([positive[:, None], negatives.clamp(min=0)], 1)
-    scores = alpha * torch.einsum("md,mkd->mk", U, W[listed])
-    scores = scores + torch.cat([torch.zeros_like(scores[:, :1]), neg_bias[listed[:, 1:]]], 1)
-    absent = torch.nn.functional.pad((negatives < 0) | (negatives == positive[:, None]), (1, 0))
-    scores = scores.masked_fill(absent, -torch.inf)
-    return scored_loss(loss, scores, doc_ids=doc_ids[listed], **shared)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_losses_on_scores_equal_those_on_vectors(pools: dict[int, Pool], loss: LossConfig) -> None:
-    options = frozenset({"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared", "negatives"})
-    shards = make_shards(
-        torch.Generator().manual_seed(4), [(7, 12), (2, 3), (9, 11)], 6, num_queries=6, num_docs=15, options=options
-    )
-    expected = reference.ranking(loss, shards, 5.0, False)
-    found = run(pools, partial(by_scores, loss), shards, 5.0)
-    assert_parity(shards, 5.0, found, expected, 1e-10)
-    on_vectors = run(pools, partial(ranking_loss, loss), shards, 5.0)
-    assert found[2]["in_batch_accuracy"] == on_vectors[2]["in_batch_accuracy"]
 
 
 def test_in_batch_softmax_is_the_fps_loss(pools: dict[int, Pool]) -> None:

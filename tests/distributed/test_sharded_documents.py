@@ -17,7 +17,7 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.evaluation import evaluate as ranks_module
 from bigdssm.evaluation import evaluate as split_module
 from bigdssm.evaluation.comparison import MeasuredRows
-from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_split
+from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval import exact_search as rounds_module
 from bigdssm.retrieval import exact_search as top_module
 from bigdssm.retrieval import mining as mine_module
@@ -143,19 +143,6 @@ def test_ranks_and_hard_negatives_match_the_definition(
             ranking = [doc for doc in np.argsort(-scores[i], kind="stable") if doc not in gone][FIRST:LAST]
             close = scores[i, ranking] > scores[i, rows.doc_rows[i]] - MARGIN
             assert windows[key] == np.where(close, -1, ranking).tolist()
-
-
-def scored(rank: int, world_size: int, folder: Path) -> np.ndarray:
-    queries, documents = tables("normal")
-    given = encoders_of(queries, documents)
-    encoders = ScoredEncoders(given.queries, given.documents, lambda u, w: (u - w).abs().sum(dim=-1).neg())  # type: ignore[arg-type]
-    return evaluate_split(encoders, larger(folder, DOCS), "test", rank=rank, world_size=world_size).ranks
-
-
-def test_a_scorer_of_pairs_ranks_as_on_one_rank(tiny_interactions: Any, pools: dict[int, Pool]) -> None:
-    alone = scored(0, 1, tiny_interactions.dir)
-    for of_rank in pools[3].run(scored, tiny_interactions.dir):
-        np.testing.assert_array_equal(of_rank, alone)
 
 
 def approximate_hard_negatives(rank: int, world_size: int, folder: Path, docs: int) -> tuple[np.ndarray, list[str]]:

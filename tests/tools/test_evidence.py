@@ -424,22 +424,19 @@ def test_stored_trials_are_not_rerun_unless_another_starts_from_them(
         "a": {},
         "b": {"set": ["pretrain.epochs=2"]},
         "tuned": {"after": "a", "set": ["sft.steps=1"]},
-        "ranked": {"after": "a", "set": ["sft.steps=1"], "rerank": 5},
         "taught": {"after": "a", "teacher": "b", "set": ["sft.distillation.name=batch_kl"]},
     }
     planned = plan_trials(read_claim(written(tmp_path, sets=sets, cells=cells)), tmp_path)
     begun: list[str] = []
     monkeypatch.setattr("tools.evidence.running.run_trial", lambda trial: begun.append(trial.cell_name))
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name in ("a", "b")})
-    assert sorted(begun[:2]) == ["a", "b"] and sorted(begun[2:]) == ["ranked", "taught", "tuned"]
+    assert sorted(begun[:2]) == ["a", "b"] and sorted(begun[2:]) == ["taught", "tuned"]
     begun.clear()
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "tuned"})
     assert begun == ["a", "tuned"], "b is not rerun: it is the teacher of another cell"
     begun.clear()
     run_trials(planned, 2, {trial.name for trial in planned if trial.cell_name != "b"})
     assert begun == ["b"]
-    by_name = {trial.cell_name: trial for trial in planned}
-    assert by_name["tuned"].folder == by_name["ranked"].folder and by_name["tuned"].report != by_name["ranked"].report
 
 
 def test_a_cell_trains_on_its_own_dataset_and_is_measured_on_the_set(

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
-from bigdssm.config import Config, ScorerConfig, load_config
+from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import DualEncoder, new_model
 from bigdssm.retrieval.embed import tower_encoders
@@ -25,10 +25,10 @@ SMALL = ("dim=8", "query.mlp=[16]", "doc.mlp=[16]", "doc.text.layers=1", "doc.te
 WIDTH = 9  # of index vectors: dim and beta
 
 
-def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConfig | None = None) -> DualEncoder:
+def random_model(config: Config, dataset: Dataset, seed: int) -> DualEncoder:
     """Return a model whose parameters all affect the scores, beta included."""
     torch.manual_seed(seed)
-    model = new_model(config.model, dataset.schema, dataset.vocab_size, scorer)
+    model = new_model(config.model, dataset.schema, dataset.vocab_size)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -36,6 +36,29 @@ def random_model(config: Config, dataset: Dataset, seed: int, scorer: ScorerConf
             if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0
     return model.eval()
+
+
+def write_cross_encoder(folder: Path, dataset: Dataset, outputs: int = 1) -> tuple[Any, Any]:
+    """Write a random cross-encoder with the dataset's tokenizer; return its transformer and tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    assert dataset.tokenizer_dir is not None
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=dataset.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=outputs,
+        initializer_range=0.5,
+    )
+    model = BertForSequenceClassification(config).eval()
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(dataset.tokenizer_dir / "tokenizer.json"), **special)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
 
 
 @pytest.fixture(scope="session")

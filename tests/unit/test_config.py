@@ -312,16 +312,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["sft.negatives.mining.teacher_margin: got 0.5, needs sft.negatives.mining.file, with a teacher"],
         ),
         (
-            "sft={loss: {name: softmax}, scorer: {name: mlp},"
-            " negatives: {in_batch: false, hard: 2, mining: {every_steps: 3}}}",
-            ["sft.negatives.mining.every_steps: got 3, needs 0 with sft.scorer"],
-        ),
-        (
-            "sft={loss: {name: softmax}, scorer: {name: cross_encoder},"
-            " negatives: {in_batch: false, hard: 2, mining: {every_steps: 3}}}",
-            ["sft.negatives.mining.every_steps: got 3, needs 0 with sft.scorer"],
-        ),
-        (
             "pretrain.negatives.mining.uniform=true",
             ["pretrain.negatives.hard: got 0, needs at least 1 with pretrain.negatives.mining.unif"],
         ),
@@ -412,24 +402,8 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
         ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
         ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "at least 0"]),
-        (
-            "sft={loss: {name: pair_ce}, negatives: {hard: 3}, scorer: {name: mlp, hidden: [8]}}",
-            ["sft.scorer.name: got mlp", "in_batch=false"],
-        ),
-        (
-            "pretrain={loss: {name: pair_ce}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [8]}}",
-            ["pretrain.scorer.name", "stage sft"],
-        ),
         ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
         ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
-        (
-            "sft={loss: {name: pair_ce}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp, hidden: [0]}}",
-            ["sft.scorer.hidden[0]", "at least 1"],
-        ),
-        (
-            "sft={loss: {name: pair_ce, widths: [4]}, negatives: {hard: 3, in_batch: false}, scorer: {name: mlp}}",
-            ["sft.scorer", "widths=[]"],
-        ),
         ("sft.loss.name=sigmoid", ["model.beta", "got none", "needs scalar", "sft.loss.name"]),
         ("model.beta=scalar", ["model.beta", "got scalar", "only in sigmoid losses"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),

@@ -55,7 +55,7 @@ def flip(path: Path) -> None:
 def test_a_config_that_changes_scores_is_refused(tools: Tools, copies: Path, change: Any) -> None:
     edit(copies / "model" / "config.yaml", change)
     message = tools.refused(4, *search(copies))
-    assert "the model section of config.yaml, or sft.scorer, differs from the model's training" in message
+    assert "the model section of config.yaml differs from the model's training" in message
 
 
 def test_edits_that_change_no_score_are_allowed(tools: Tools, copies: Path, dataset: Dataset) -> None:

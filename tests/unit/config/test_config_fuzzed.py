@@ -37,7 +37,6 @@ from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.models import new_model
-from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.checks import check_stage
 from bigdssm.utils.components import BOUND, Bound
 from tests.conftest import WORDS, pick, write_config
@@ -76,8 +75,7 @@ WILD = [
 TOGETHER = [  # values that are invalid or have no effect without others
     ["STAGE.loss.name=softmax", "STAGE.negatives.hard=2", "STAGE.negatives.mining={first: 0, last: 4}"],
     ["STAGE={loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2, mining: {first: 1, last: 9}}}"],
-    ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}",
-     "STAGE.scorer={name: mlp, hidden: [4]}"],
+    ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}"],
     ["STAGE.loss.name=sigmoid", "model.beta=scalar"],
     ["STAGE={sampling: {name: corrected, frequency: streaming, frequency_buckets: 16}}"],
     ["STAGE={sampling: {name: classic}, negatives: {uniform: 5}, loss: {direction: both}}"],
@@ -93,7 +91,6 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],
 ]  # fmt: skip
-MLP = MlpConfig(hidden=(1,))
 LEFT_ALONE = (
     "data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps",
     "engine.compile",  # a minute in every run
@@ -181,12 +178,7 @@ def launch(stage: str, config: Path, overrides: list[str]) -> tuple[int, str]:
 
 def is_small(config: Config, stage: StageConfig, dataset: Dataset) -> bool:
     with torch.device("meta"):
-        model = new_model(
-            config.model,
-            dataset.schema,
-            dataset.vocab_size,
-            stage.scorer or MLP,
-        )
+        model = new_model(config.model, dataset.schema, dataset.vocab_size)
     rows = stage.rows_global + stage.negatives.uniform + (stage.negatives.hard + 1) * 8
     sampling = stage.sampling
     streams = isinstance(sampling, FrequencyCorrection) and sampling.frequency == "streaming"

@@ -93,7 +93,7 @@ def test_the_shipped_configs_name_the_schema_and_are_valid(
         "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={momentum: 0.9, name: muon}",
         "engine.loss_tile=null",
         "pretrain.optimizer.name=${sft.optimizer.name}", "model.score=${run.dir}", "data.lanes=8.0", "sft=null",
-        "sft.scorer=null", "sft.scorer={name: mlp, hidden: [8]}",
+        "sft.distillation=null", "sft.distillation={name: kl, temperature: 2}",
     ],
 )  # fmt: skip
 def test_accepted(validator: Draft202012Validator, override: str) -> None:
@@ -156,8 +156,8 @@ def test_the_command_refuses_models_and_folders_that_a_run_would(
         ("data.query.age.type=number", "data.query.age.type: 'number'"),
         ("sft.distillation={weight: 1}", "sft.distillation: 'name' is a required property"),
         (
-            "sft.scorer={name: mlp, width: 8}",
-            "sft.scorer: Additional properties are not allowed ('width' was unexpected)",
+            "sft.distillation={name: kl, width: 8}",
+            "sft.distillation: Additional properties are not allowed ('width' was unexpected)",
         ),
         ("data.query.old={column: age}", "data.query.old: 'type' is a required property"),
     ],

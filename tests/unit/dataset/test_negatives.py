@@ -23,7 +23,6 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.losses import FPS, Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded
-from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, SampledNegatives
 from bigdssm.retrieval.mining import mine
@@ -209,12 +208,11 @@ def test_columns_of_the_batch(dataset: Dataset, dropout: float, loss: Any) -> No
     assert {batch.no_negative is not None for batch in few} == {dropout > 0}, "the same on ranks without such documents"
 
 
-@pytest.mark.parametrize("scorer", [None, MlpConfig()])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_candidates(dataset: Dataset, dropout: float, scorer: Any) -> None:
+def test_candidates(dataset: Dataset, dropout: float) -> None:
     """A list may have withdrawn items, which were offered then, but no unknown ones."""
     negatives = NegativesConfig(in_batch=False, hard=len(SINCE), mask="none")
-    stage = StageConfig(loss=Softmax(), negatives=negatives, scorer=scorer, sampling=NoCorrection())
+    stage = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection())
     build = builder(dataset, dropout, stage)
     every = np.arange(len(SINCE))
     build.negatives = lambda rows: SampledNegatives(np.tile(every, (rows.num_queries, 1)))  # type: ignore[method-assign]
@@ -226,9 +224,8 @@ def test_candidates(dataset: Dataset, dropout: float, scorer: Any) -> None:
     is_positive = batch.negatives == batch.positive[:, None]
     batch = replace(batch, negatives=batch.negatives.masked_fill(is_positive, -1))
     U, W = torch.randn(len(batch.time), 8), torch.randn(len(batch.doc_ids), 8)
-    scores = torch.randn(len(batch.time), 1 + len(SINCE)) if scorer else None
     objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
-    output = objective(Encoded(U, W, None, torch.tensor([1.0]), scores), batch)
+    output = objective(Encoded(U, W, None, torch.tensor([1.0])), batch)
     assert float(output.stats["effective_negatives"]) * len(batch.time) == pytest.approx(expected)
 
 

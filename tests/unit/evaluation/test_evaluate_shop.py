@@ -21,7 +21,7 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.evaluation.baselines import DailyEvents, fit_baseline
 from bigdssm.evaluation.chains import GRID, Chain, ChainEvents, ChainOptions, tuned_chain
 from bigdssm.evaluation.comparison import System, baseline_systems, slice_tables, slices_as_json
-from bigdssm.evaluation.evaluate import ScoredEncoders, evaluate_scores, evaluate_split
+from bigdssm.evaluation.evaluate import evaluate_scores, evaluate_split
 from bigdssm.evaluation.slices import FEW_QUERIES, read_slices
 from bigdssm.features import Categorical, History
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
@@ -30,7 +30,6 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.losses import FPS, Softmax
 from bigdssm.losses.declarations import NoCorrection
 from bigdssm.models import Encoded
-from bigdssm.models.declarations import MlpConfig
 from bigdssm.retrieval.embed import Encoders
 from bigdssm.retrieval.hard_negatives import UniformNegatives
 from bigdssm.retrieval.queries import Queries
@@ -128,14 +127,13 @@ def vectors() -> tuple[Encoders, Tensor, Tensor]:
     return encoders, queries, documents
 
 
-@pytest.mark.parametrize("kind", ["columns", "candidates", "scorer"])
+@pytest.mark.parametrize("kind", ["columns", "candidates"])
 def test_a_document_is_no_negative_of_a_query_before_its_time(dated: Dataset, undated: Dataset, kind: str) -> None:
     negatives = NegativesConfig(columns="catalogue", mask="none")
     if kind != "columns":
         negatives = NegativesConfig(in_batch=False, hard=20, mask="none")
-    scorer = MlpConfig() if kind == "scorer" else None
     loss = FPS() if kind == "columns" else Softmax()
-    stage = StageConfig(loss=loss, negatives=negatives, scorer=scorer, sampling=NoCorrection())
+    stage = StageConfig(loss=loss, negatives=negatives, sampling=NoCorrection())
     numbers = []
     for dataset in (dated, undated):
         stream = PairStream(dataset, rows_global=40, lanes=1)
@@ -156,9 +154,8 @@ def test_a_document_is_no_negative_of_a_query_before_its_time(dated: Dataset, un
             for of_row, positive, time in zip(others, batch.positive.tolist(), times, strict=True)
         ]  # fmt: skip
         U, W = torch.randn(len(times), D), torch.randn(n, D)
-        scores = torch.randn(len(times), 21) if scorer else None
         objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
-        output = objective(Encoded(U, W, None, torch.tensor([1.0]), scores), batch)
+        output = objective(Encoded(U, W, None, torch.tensor([1.0])), batch)
         numbers.append(float(output.stats["effective_negatives"]))
         assert numbers[-1] == pytest.approx(sum(map(len, allowed)) / len(times)), kind
         if kind == "columns":
@@ -198,11 +195,6 @@ def test_a_query_ranks_the_items_that_are_available_at_its_time(
 
         np.testing.assert_array_equal(evaluate_scores(score, dataset, "test").ranks, expected)
     assert left_out > 50
-    scorer = ScoredEncoders(encoders.queries, encoders.documents, lambda u, w: (u * w).sum(dim=-1))  # type: ignore[arg-type]
-    by_pair = evaluate_split(scorer, dated, "test", coverage=True)
-    by_product = evaluate_split(encoders, dated, "test", coverage=True)
-    np.testing.assert_array_equal(by_pair.ranks, by_product.ranks)
-    assert by_pair.coverage == by_product.coverage
 
     def target_first(rows: Rows) -> np.ndarray:
         return -np.arange(NUM_ITEMS) + 100.0 * (np.arange(NUM_ITEMS) == rows.doc_rows[:, None])

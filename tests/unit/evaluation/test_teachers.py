@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
 from bigdssm.config import Config, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import Rows
@@ -25,18 +24,16 @@ from bigdssm.evaluation.teachers import (
 )
 from bigdssm.features import Ragged
 from bigdssm.models import DualEncoder
-from bigdssm.models.declarations import CrossEncoderConfig, MlpConfig
 from bigdssm.retrieval import shards
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
-from bigdssm.retrieval.model import PairScorer
 from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import Share
 from bigdssm.utils.atomic import put_file
 from tests.command_line import Tools
 from tests.hard_negatives import write_hard_negatives
-from tests.unit.conftest import SMALL, random_model
+from tests.unit.conftest import SMALL, random_model, write_cross_encoder
 
 
 @pytest.fixture(scope="module")
@@ -89,41 +86,6 @@ def test_a_models_scores_are_its_products(
     assert_scores(tmp_path / "scored.npy", expected)
     np.testing.assert_array_equal(HardNegatives.open(tmp_path / "scored.npy").windows(given.queries), docs[:, 1:])
     assert [path.name for path in tmp_path.iterdir()] == ["scored.npy"]
-
-
-def test_an_mlp_as_teacher(
-    tools: Tools, negatives: Path, tiny_interactions: Any, dataset: Dataset, tmp_path: Path
-) -> None:  # fmt: skip
-    loss = "{loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2}, scorer: {name: mlp, hidden: [5]}}"
-    config = load_config(tiny_interactions.config, [*(f"model.{x}" for x in SMALL), f"sft={loss}"])
-    model = random_model(config, dataset, seed=4, scorer=MlpConfig(hidden=(5,)))
-    save_model_folder(tmp_path / "mlp", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
-    arguments = ("--data", dataset.dir, "--mined", negatives, "--out", tmp_path / "scored.npy")
-    tools.ran("score_pairs", *arguments, "--model", tmp_path / "mlp")
-    rows, docs = rows_and_docs(dataset, HardNegatives.open(negatives))
-    encoders = tower_encoders(model, dataset)
-    documents = encoders.documents(np.arange(dataset.catalogue.num_docs))
-    W = documents[:, :-1] / documents[:, :-1].norm(dim=1, keepdim=True)  # cosine model
-    assert model.scorer is not None and model.config.score == "cosine"
-    with torch.no_grad():
-        scores = model.scorer(encoders.queries(rows)[:, None, :-1], W[np.maximum(docs, 0)]).numpy()
-    assert_scores(tmp_path / "scored.npy", np.where(docs < 0, np.nan, scores), 1e-4)
-
-
-def test_a_trained_cross_encoder_as_teacher(
-    tools: Tools, pairs: tuple[Dataset, Path, Config], tiny_pairs: Any, tmp_path: Path
-) -> None:  # fmt: skip
-    dataset, path, _ = pairs
-    loss = "sft={loss: {name: softmax}, negatives: {hard: 3, in_batch: false}, scorer: {name: cross_encoder}}"
-    small = [*SMALL, "query.text.layers=1", "query.text.hidden=8"]
-    config = load_config(tiny_pairs.config, [*(f"model.{override}" for override in small), loss])
-    model = random_model(config, dataset, seed=3, scorer=CrossEncoderConfig())
-    save_model_folder(tmp_path / "cross", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "sft"})
-    arguments = ("--data", dataset.dir, "--mined", path, "--out", tmp_path / "scored.npy")
-    tools.ran("score_pairs", *arguments, "--model", tmp_path / "cross")
-    rows, docs = rows_and_docs(dataset, HardNegatives.open(path))
-    scores = PairScorer.from_folder(load_model_folder(tmp_path / "cross"), dataset).score(rows.query, docs)
-    assert_scores(tmp_path / "scored.npy", np.where(docs < 0, np.nan, scores), 1e-4)
 
 
 def test_a_pretrained_encoder_as_teacher(
@@ -180,7 +142,7 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
     for package in ("bm25s", "Stemmer", "sentence_transformers"):
         pytest.importorskip(package)
     dataset, negatives, _ = pairs
-    folder, tokenizer = _tiny_cross_encoder(tmp_path / "cross", dataset)
+    folder, tokenizer = write_cross_encoder(tmp_path / "cross", dataset)
     arguments = ("--data", dataset.dir, "--mined", negatives, "--out")
     tools.ran("score_pairs", *arguments, tmp_path / "bm25.npy", "--bm25")
     tools.ran("score_pairs", *arguments, tmp_path / "cross.npy", "--cross-encoder", tmp_path / "cross")
@@ -211,22 +173,6 @@ def test_bm25_and_a_cross_encoder_read_the_texts(
 def _of(everything: np.ndarray, docs: np.ndarray) -> np.ndarray:
     """Select documents from scores of all documents, NaN for -1."""
     return np.where(docs < 0, np.nan, np.take_along_axis(everything, np.maximum(docs, 0), 1))
-
-
-def _tiny_cross_encoder(path: Path, dataset: Dataset) -> tuple[Any, Any]:
-    """Write a random cross-encoder with the dataset's tokenizer; return its transformer and tokenizer."""
-    assert dataset.tokenizer_dir is not None
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=dataset.vocab_size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=1, initializer_range=0.5,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config).eval()
-    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(dataset.tokenizer_dir / "tokenizer.json"), **special)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return model, tokenizer
 
 
 def test_ranks_share_the_queries_and_resume_after_a_kill(

@@ -21,7 +21,6 @@ from bigdssm.losses import (
     Triplet,
     fps_loss,
     ranking_loss,
-    scored_loss,
 )
 from bigdssm.losses.reference import dense_loss
 from tools.checks.pages import code_of
@@ -77,13 +76,6 @@ def test_a_callers_autocast_changes_nothing(direction: str) -> None:
             value = loss(inside, W)
         assert torch.equal(value, expected)
         assert torch.equal(*(torch.autograd.grad(v, leaf)[0] for v, leaf in ((value, inside), (expected, plain))))
-
-
-def test_bfloat16_scores_are_widened_before_they_are_summed() -> None:
-    scores = (10 * unit(64, 9, 1)).bfloat16()
-    for loss in (Softmax(), PairCE(), Triplet(), Sigmoid()):
-        found, right = (scored_loss(loss, s).loss for s in (scores, scores.double()))
-        assert float(found) == pytest.approx(float(right), rel=1e-6)
 
 
 def test_the_hinge_has_derivative_0_at_its_kink() -> None:

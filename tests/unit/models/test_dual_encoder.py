@@ -17,7 +17,6 @@ from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.models import ALPHA_MAX, DualEncoder, new_model, use_eager_attention
 from bigdssm.models.declarations import Sasrec, Transformer
 from bigdssm.models.encoders.transformer import TransformerEncoder
-from bigdssm.models.scorers import MlpScorer
 
 QUERY = {
     "history": History(of="item", max_items=6).with_name("history"),
@@ -171,17 +170,6 @@ def test_beta_is_per_document_one_for_all_or_none() -> None:
     assert scalar.beta.grad.tolist() == [3.0]
     assert model(beta="none")(doc=documents).beta is None
     assert model().beta is None and model(beta="scalar").beta_head is None
-
-
-def test_the_scorer_is_an_mlp_on_u_w_and_their_product() -> None:
-    torch.manual_seed(0)
-    scorer = MlpScorer(4, (6, 5))
-    u, w = torch.randn(3, 4), torch.randn(7, 4)
-    first = torch.cat([part.weight for part in (scorer.of_query, scorer.of_doc, scorer.of_product)], 1)
-    joined = torch.cat([u[:, None].expand(3, 7, 4), w.expand(3, 7, 4), u[:, None] * w], 2)
-    expected = scorer.rest(torch.nn.functional.linear(joined, first, scorer.of_query.bias)).squeeze(2)
-    torch.testing.assert_close(scorer(u[:, None], w), expected)
-    assert [tuple(layer.weight.shape) for layer in scorer.rest if hasattr(layer, "weight")] == [(5, 6), (1, 5)]
 
 
 def test_shared_text_is_one_encoder() -> None:

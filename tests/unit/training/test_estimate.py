@@ -196,25 +196,6 @@ def test_chunks_and_recomputation_take_less(tiny_pairs: TinyDataset) -> None:
 
 
 @pytest.mark.slow
-def test_a_cross_encoders_pairs_are_counted_and_the_towers_gradients_are_not(tiny_pairs: TinyDataset) -> None:
-    def of_pairs(negatives: int, *overrides: str) -> Estimate:
-        loss = f"sft={{loss: {{name: softmax}}, negatives: {{hard: {negatives}, in_batch: false}}}}"
-        config = load_config(
-            tiny_pairs.config, ["sft={rows_global: 48, steps: 5}", loss, "sft.scorer.name=cross_encoder", *overrides]
-        )
-        return estimate(config, "sft", open_dataset(config.data), 2)
-
-    towers = "towers' activations and gradients"
-    few, many, chunks = of_pairs(3), of_pairs(15), of_pairs(15, "engine.chunk_tokens=400")
-    assert 2 * few.phases[towers] < many.phases[towers] < 6 * few.phases[towers]  # 4 and 16 pairs a query
-    assert 4 * chunks.phases[towers] < many.phases[towers]
-    assert many.negatives == 15
-    towers_alone = of(tiny_pairs).num_weights
-    assert many.sent["updated weights"] == 4 * (many.num_weights - towers_alone) // 2
-    assert "loss: documents' vectors" not in many.sent
-
-
-@pytest.mark.slow
 def test_the_command_line_shows_the_effect_of_ranks_and_rows(
     tiny_pairs: TinyDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

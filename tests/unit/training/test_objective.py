@@ -23,11 +23,9 @@ from bigdssm.losses import (
     contrastive_loss,
     fps_loss,
     ranking_loss,
-    scored_loss,
 )
 from bigdssm.losses.declarations import Classic, Corrected, NoCorrection
 from bigdssm.models import Encoded
-from bigdssm.models.declarations import MlpConfig
 from bigdssm.training.objective import Objective
 
 M, N, D = 4, 6, 3
@@ -66,9 +64,9 @@ def stage(loss: LossConfig | None = None, **blocks: Any) -> StageConfig:
     return StageConfig(**{"loss": loss or FPS(), "sampling": NoCorrection(), **blocks})
 
 
-def loss(config: StageConfig, model: ModelConfig | None = None, scores: torch.Tensor | None = None) -> float:
+def loss(config: StageConfig, model: ModelConfig | None = None) -> float:
     objective = Objective(config, model or ModelConfig(score="dot"), None, COUNTS, 20)
-    return float(objective(Encoded(U, W, BETA, ALPHA, scores), BATCH).loss)
+    return float(objective(ENCODED, BATCH).loss)
 
 
 def fps(**arguments: object) -> float:
@@ -137,17 +135,23 @@ def test_masks_of_known_pairs(kind: type[LossConfig]) -> None:
     assert len({round(value, 9) for value in found.values()}) == 4
 
 
-def test_an_mlps_scores_are_masked_by_each_querys_past() -> None:
-    config = stage(Softmax(), negatives=replace(LISTED, mask="past"), scorer=MlpConfig())
-    scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
-    found = [
-        float(Objective(config, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss)
-        for batch in (BATCH, replace(BATCH, known_positives=torch.tensor([[2, 103], [3, 105]])))
-    ]
-    kept = scores.clone()
-    kept[1, 2] = kept[2, 1:] = kept[3, 2] = -torch.inf  # row 1's second is none, row 2 lists 103 twice, row 3 105
-    right = torch.nn.functional.cross_entropy(kept, torch.zeros(M, dtype=torch.int64), reduction="none")[[0, 2, 3]]
-    assert found[1] == pytest.approx(float(right.mean()), rel=1e-6) and found[0] > found[1]
+def test_candidates_are_masked_by_each_querys_past() -> None:
+    objective = Objective(
+        stage(Softmax(), negatives=replace(LISTED, mask="past")), ModelConfig(score="dot"), None, None, 20
+    )
+    seen = torch.tensor([[2, 103], [3, 105]])
+    unmasked, masked = (
+        float(objective(ENCODED, replace(BATCH, known_positives=known)).loss) for known in (seen[:0], seen)
+    )
+    candidates = torch.tensor([[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]])
+    scores = 2.0 * torch.einsum("md,mkd->mk", U, W[candidates]) + BETA[candidates]
+    # The second negative of row 1 is absent. Row 2 has seen document 103, its candidate twice, and row 3 105.
+    for row, column in ((1, 2), (2, 1), (2, 2), (3, 2)):
+        scores[row, column] = -torch.inf
+    targets = torch.zeros(M, dtype=torch.int64)
+    right = torch.nn.functional.cross_entropy(scores, targets, reduction="none")[INDICATOR > 0]
+    assert masked == pytest.approx(float(right.mean()), rel=1e-12)
+    assert unmasked > masked
 
 
 def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
@@ -178,25 +182,9 @@ def test_a_teacher_is_learned_in_addition_to_the_loss(kind: type[ListwiseKL | Ma
     assert float(both.stats["distillation"]) == pytest.approx(float(distilled), rel=1e-12) and float(distilled) > 0.01
 
 
-def test_a_teacher_is_learned_by_an_mlps_scores() -> None:
-    config = stage(Softmax(), negatives=LISTED, scorer=MlpConfig())
-    scores = torch.randn(M, 3, generator=torch.Generator().manual_seed(1))
-    batch = replace(BATCH, teacher=TEACHER, negatives=torch.tensor([[3, 0], [5, -1], [3, 3], [4, 5]]))
-    plain, both = (
-        Objective(one, ModelConfig(), None, None, 20)(Encoded(U, W, BETA, ALPHA, scores), batch).loss
-        for one in (config, replace(config, distillation=ListwiseKL(weight=0.3)))
-    )
-    kept = scores.clone()
-    kept[0, 2] = kept[1, 2] = -torch.inf  # a copy of the own document, and none
-    distilled = scored_loss(ListwiseKL(), kept, weight=INDICATOR, teacher=TEACHER).loss
-    assert float(both) == pytest.approx(float(plain + 0.3 * distilled), rel=1e-6) and float(distilled) > 0.01
-
-
 @pytest.mark.parametrize("config", [Softmax(), PairCE(), Triplet(margin=0.3)], ids=lambda loss: loss.name)
-def test_an_mlps_scores_replace_products(config: LossConfig) -> None:
-    scored = stage(config, negatives=LISTED, scorer=MlpConfig())
-    candidates = Objective(scored, ModelConfig(), None, None, 20).model_inputs(BATCH)["candidates"]
-    assert candidates.tolist() == [[0, 3, 4], [1, 5, 0], [0, 3, 3], [2, 4, 5]]
-    scores = (2.0 * torch.einsum("md,mkd->mk", U, W[candidates])).float()
-    right = ranking_loss(config, U, W, POSITIVE, alpha=2.0, weight=INDICATOR, negatives=BATCH.negatives, **IDS).loss
-    assert loss(scored, scores=scores) == pytest.approx(float(right), rel=1e-5)
+def test_a_query_is_compared_with_its_candidates_alone(config: LossConfig) -> None:
+    right = ranking_loss(
+        config, U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, negatives=BATCH.negatives, **IDS
+    ).loss
+    assert loss(stage(config, negatives=LISTED)) == pytest.approx(float(right), rel=1e-12)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig
 
 from bigdssm.config import HISTORY_BLOCKS, ModelConfig, TowerConfig
 from bigdssm.dataset.schema import Schema
@@ -19,8 +18,6 @@ from bigdssm.features import Categorical, History, Numeric, Text, Vocabulary
 from bigdssm.loader.batch import lengths_of
 from bigdssm.models import QueryPositions, SideSize, new_model
 from bigdssm.models.declarations import Transformer
-from bigdssm.models.encoders.transformer import TransformerEncoder
-from bigdssm.models.scorers import CrossEncoder
 from bigdssm.training import metrics_logger
 from bigdssm.training.metrics_logger import TimeTable
 from bigdssm.utils import timing
@@ -124,17 +121,6 @@ def test_operations_by_formula_equal_the_counts_of_torch(block: Any, positions: 
     of_queries = SideSize(3, {"history": np.full(3, 5)}, len(query_positions.row) if query_positions else None)
     of_docs = SideSize(7, {"title": lengths_of(padded, {"title": 0})["title"].filled})
     assert model.flops(of_queries, of_docs) == pytest.approx(counter.get_total_flops(), rel=1e-6)
-
-
-def test_operations_of_a_cross_encoder_equal_the_counts_of_torch() -> None:
-    architecture = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, pad_token_id=0
-    )
-    text = TransformerEncoder(architecture)
-    scorer = CrossEncoder(text, "shared", ["a"], ["b"]).eval()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        scorer({"a": torch.randint(1, 50, (7, 4))}, {"b": torch.randint(1, 50, (7, 9))})
-    assert scorer.flops(np.full(7, 13)) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_a_peak_is_measured_without_products_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
