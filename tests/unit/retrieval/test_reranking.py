@@ -117,14 +117,11 @@ def test_scores_of_a_batch_without_candidates(pairs: Dataset, reranker: Reranker
     assert reranker.score(none.query, np.zeros((0, 4), np.int64)).shape == (0, 4)
 
 
-@pytest.mark.parametrize("top", [2, 10, 1000])
-@pytest.mark.parametrize("by", ["ties", "texts"])
+@pytest.mark.parametrize(("by", "top"), [("ties", 10), ("ties", 50), ("ties", 1000), ("texts", 10)])
 def test_ranks_of_a_split_by_brute_force(
-    towers: ModelFolder, pairs: Dataset, reranker: Reranker, top: int, by: str
+    towers: ModelFolder, pairs: Dataset, reranker: Reranker, by: str, top: int
 ) -> None:
     """The best `top` documents get new ranks, ties are counted half; a target behind them keeps its rank."""
-    if by == "texts" and top == 1000:
-        pytest.skip("a pair per query and document takes minutes")
     scorer = ByRow() if by == "ties" else reranker
     encoders = tower_encoders(towers.model, pairs)
     top = min(top, pairs.catalogue.num_docs)
@@ -133,10 +130,9 @@ def test_ranks_of_a_split_by_brute_force(
     before = evaluate_split(encoders, pairs, "test").ranks
     after = evaluate_split(encoders, pairs, "test", rerank=Reranking(scorer, top)).ranks
     usable = np.flatnonzero(rows.relevance > 0)
-    chosen = usable if by == "ties" else usable[:40]
     best = np.argsort(-products, axis=1, kind="stable")[:, :top]
     scores = scorer.score(rows.query, best)
-    for i in chosen:
+    for i in usable:
         if before[i] > top:
             assert after[i] == before[i]
             continue
@@ -147,9 +143,9 @@ def test_ranks_of_a_split_by_brute_force(
         higher = (above > tolerance).sum()
         equal = (abs(above) <= tolerance).sum()
         assert after[i] == 1 + higher + equal / 2
-    assert (after[chosen] != before[chosen]).any()
-    if by == "ties" and top > 2:
-        assert (after[chosen] % 1 == 0.5).any()
+    assert (after[usable] != before[usable]).any()
+    if by == "ties" and top <= 50:
+        assert (after[usable] % 1 == 0.5).any()
 
 
 def test_a_search_reranks_the_best_documents_of_the_index(
@@ -178,7 +174,8 @@ def assert_reranked(plain: Searcher, searcher: Searcher, reranker: Reranker, pai
         num_scored = min(5, request.top)
         own = [document.score for document in documents[:num_scored]]
         np.testing.assert_allclose(own, scores[order][:num_scored], atol=1e-5)
-        assert documents[5:] == before[5 : request.top]
+        rest = [document.score for document in documents[5:]]
+        np.testing.assert_allclose(rest, [document.score for document in before[5 : request.top]], rtol=1e-4)
 
 
 def test_a_search_reranks_the_best_documents_of_a_store(
@@ -254,8 +251,10 @@ def test_the_evaluate_command_adds_a_reranked_system(
     printed = tools.ran("evaluate", *options)
     encoders = tower_encoders(towers.model, pairs)
     expected = evaluate_split(encoders, pairs, "test", rerank=Reranking(reranker, 5)).metrics["ndcg_at_10"]
-    (line,) = [line for line in printed.splitlines() if "model, top 5 re-ranked" in line and "│" in line]
-    assert f"{expected:.4f}" in line
+    reranked, plain = [line for line in printed.splitlines() if " ± " in line]
+    assert reranked.startswith("model, top 5 re-ranked ")
+    assert f" {expected:.4f} ± " in reranked
+    assert plain.startswith("model  ")
     assert "model, top 5 re-ranked − model: HR@10" in printed
 
 
