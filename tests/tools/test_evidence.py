@@ -28,6 +28,9 @@ from tools.evidence.running import Trial, _config_content, cpu_seconds, plan_tri
 from tools.evidence.stored import read_trials, with_finished, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
+EARLIER_CELLS = {  # by claim: cells whose figures are of an earlier version of the package
+    "interaction": ("early, from scratch", "early, from FPS", "early, from FPS, 100 re-ranked"),
+}
 CLAIM: dict[str, Any] = {
     "claim": "a is more than b",
     "sets": {"small": {"config": "config.yaml", "seeds": [0, 1]}},
@@ -267,8 +270,11 @@ def test_the_page_is_its_figures(tmp_path: Path) -> None:
     assert {path.stem for path in (ROOT / "configs/evidence").glob("*.yaml")} == set(results)
     for name, result in results.items():
         claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
-        same = result.claim, result.why, len(result.expect)
-        assert same == (claim.claim, claim.why, len(claim.expect)), "the file changed: write the pages again"
+        assert (result.claim, result.why) == (claim.claim, claim.why), "the file changed: write the pages again"
+        if name in EARLIER_CELLS:
+            assert len(claim.expect) < len(result.expect)
+        else:
+            assert len(claim.expect) == len(result.expect), "the file changed: write the pages again"
         shipped = ROOT / f"docs/images/evidence_{name}.svg"
         assert 2000 < shipped.stat().st_size < 40_000
     least = min(results, key=lambda name: sum(len(one.cells) for one in results[name].sets.values()))
@@ -515,10 +521,14 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
 
 
 def test_the_page_can_be_computed_from_the_stored_trials() -> None:
-    """Every seed of every cell of the shipped claims has a stored trial, and there are no others."""
+    """Every seed of every cell of the shipped claims has a stored trial, and there are no others.
+
+    Except for cells that only an earlier version of the package can train: their figures and trials are kept.
+    """
     stored = read_trials(ROOT / "tools/evidence/trials.jsonl")
     figures = json.loads((ROOT / "tools/evidence/results.json").read_text("utf-8"))
     used = set()
+    earlier_trials = 0
     for name, content in figures.items():
         claim = read_claim(ROOT / f"configs/evidence/{name}.yaml")
         planned = plan_trials(claim, Path("runs/evidence"))
@@ -532,10 +542,14 @@ def test_the_page_can_be_computed_from_the_stored_trials() -> None:
             seconds.setdefault((trial.set_name, trial.cell_name), []).append(stored[trial.name].cpu_seconds)
         for one in content["sets"].values():
             for cell in one["cells"]:
+                if cell["cell"] in EARLIER_CELLS.get(name, ()):
+                    earlier_trials += cell["seeds"] * len(one["members"])
+                    continue
                 of_members = [(member, cell["cell"]) for member in one["members"]]
                 rows = np.concatenate([np.stack(values[of]) for of in of_members], axis=1)
                 assert rows.shape == (cell["seeds"], one["rows"])
                 assert cell["mean"] == pytest.approx(rows.mean(), abs=5.1e-5), (name, cell)
                 spent = np.mean([second for of in of_members for second in seconds[of]])
                 assert cell["cpu_seconds"] == pytest.approx(spent, abs=0.051), (name, cell)
-    assert used == set(stored) and len(stored) == 355
+    assert used <= set(stored)
+    assert len(stored) == len(used) + earlier_trials == 355

@@ -62,7 +62,6 @@ class Cell:
     # arguments of score_pairs: teachers that score the hard negatives; {start}: the model of `after`
     teacher_scores: tuple[str, ...] = ()
     teacher: str | None = None  # cell whose pretrained model is the teacher (vectors) of fine-tuning
-    rerank: int | None = None  # evaluate with the top documents of the towers re-ranked by the scorer
     baseline: str | None = None  # instead of a training
     options: dict[str, Any] = field(default_factory=dict)  # of the baseline
     only: tuple[str, ...] = ()  # sets and pools of the cell; empty: all
@@ -170,7 +169,6 @@ def _check(path: Path, claim: Claim) -> None:
         need(cell.baseline is None or not trained, key, "keys of a training", allowed)
         need(cell.baseline is not None or not cell.options, f"{key}.options", cell.options, "a baseline that has them")
         need(not cell.make or not cell.without, f"{key}.make", cell.make, "no `without`")
-        need(cell.rerank is None or cell.rerank > 0, f"{key}.rerank", cell.rerank, "a number of documents")
         need(
             not cell.teacher_scores or cell.after is not None,
             f"{key}.teacher_scores",

@@ -3,8 +3,8 @@
 The folder of a cell is named by a hash of everything that determines its outcome, so that claims share cells:
 
     DIR/data/HASH          a dataset without some features
-    DIR/SET/HASH/seed-S/   the run; cell.yaml: its config; SPLIT[-rerank-K]-report.json and its ranks; commands.jsonl:
-                           the executed commands
+    DIR/SET/HASH/seed-S/   the run; cell.yaml: its config; SPLIT-report.json and its ranks; commands.jsonl: the
+                           executed commands
 """
 
 from __future__ import annotations
@@ -93,8 +93,7 @@ class Trial:
     @property
     def report(self) -> Path:
         """Return the path of the results, which exists once the trial is finished."""
-        ranked = "" if self.cell.rerank is None else f"-rerank-{self.cell.rerank}"
-        return self.folder / f"{self.claim.split}{ranked}-{REPORT}"
+        return self.folder / f"{self.claim.split}-{REPORT}"
 
     @property
     def name(self) -> str:
@@ -207,10 +206,9 @@ def run_trial(trial: Trial) -> None:
         if stage not in trained:  # otherwise another cell of this folder trained it
             options = ("--resume", "auto", "--ranks", "1")
             _command(trial, stage, "--config", str(trial.config_file), *overrides, *options)
-    ranked = [] if trial.cell.rerank is None else ["--rerank", str(trial.cell.rerank)]
     _command(
         trial, "evaluate", "--model", str(trial.model), "--data", measured, "--split", trial.claim.split,
-        "--out", str(trial.report), *ranked, *_precision(config),
+        "--out", str(trial.report), *_precision(config),
     )  # fmt: skip
 
 

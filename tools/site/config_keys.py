@@ -23,7 +23,6 @@ from bigdssm.config.keys import (
     LOSSES,
     OPTIMIZERS,
     SAMPLINGS,
-    SCORERS,
     TABLE_OPTIMIZERS,
     TEXT_ENCODERS,
     Config,
@@ -32,7 +31,6 @@ from bigdssm.config.keys import (
     LossConfig,
     OptimizerConfig,
     SamplingConfig,
-    ScorerConfig,
     TableOptimizerConfig,
     TextEncoderConfig,
 )
@@ -116,10 +114,6 @@ DISTILLATION_KINDS = """\
 ## Distillations
 
 In addition to the keys of every distillation, `STAGE.distillation` has those of the distillation `name`:"""
-SCORER_KINDS = """\
-## Scorers
-
-`STAGE.scorer` has the keys of the scorer `name`:"""
 TABLE_OPTIMIZER_KINDS = """\
 ## Optimizers of sharded tables
 
@@ -135,7 +129,6 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (LOSS_KINDS, LOSSES, LossConfig),
     (SAMPLING_KINDS, SAMPLINGS, SamplingConfig),
     (DISTILLATION_KINDS, DISTILLATIONS, DistillationConfig),
-    (SCORER_KINDS, SCORERS, ScorerConfig),
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (TABLE_OPTIMIZER_KINDS, TABLE_OPTIMIZERS, TableOptimizerConfig),
     (INDEXES, INDEX_TYPES, None),

@@ -42,7 +42,7 @@ def index_dir(vectors_dir: Path) -> Path:
     return vectors_dir.with_name("index")
 
 
-def test_top_k_of_the_index_is_the_scorers(
+def test_top_k_of_the_index_is_by_the_score(
     model: DualEncoder, model_dir: Path, dataset: Dataset, index_dir: Path
 ) -> None:
     collator = Collator(dataset.schema, dataset.catalogue)
