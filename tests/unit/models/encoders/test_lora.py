@@ -22,7 +22,6 @@ from bigdssm.export.adapter_format import AdapterExport, without_adapters
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.export.formats import Probe, largest_difference
 from bigdssm.models import new_model
-from bigdssm.models.declarations import CrossEncoderConfig
 from bigdssm.training.checks import model_difference
 from tests.encoders import LORA, write_pairs
 
@@ -115,17 +114,6 @@ def test_a_model_trained_without_adapters_gets_them(
     assert not any(module.training for module in started.model.modules())
     for side in ("query", "doc"):
         assert largest_difference(Probe(started).vectors[side], Probe(source).vectors[side]) < 1e-6
-
-
-def test_frozen_towers_get_no_adapters(tmp_path: Path) -> None:
-    pairs = write_pairs(tmp_path, "bert")
-    source = folder_of(pairs, [], 0.0)
-    save_model_folder(tmp_path / "model", source.model, source.config, source.schema, source.tokenizer_dir, {})
-    config = load_config(pairs, LORA).model
-    cross = load_initial_model(tmp_path / "model", config, CrossEncoderConfig()).model
-    assert not any(".lora_" in name for name in cross.state_dict())
-    towers = load_initial_model(tmp_path / "model", config).model
-    assert any(".lora_" in name for name in towers.state_dict())
 
 
 @pytest.mark.parametrize(
