@@ -5,7 +5,8 @@
 
 The file contains catalogue rows per query, padded with -1 (bigdssm/retrieval/hard_negatives.py). Known train positives
 of the query are excluded, and with --margin also documents that score almost as high as its positive. --vectors reads
-document vectors that bigdssm embed wrote with the same model.
+document vectors that bigdssm embed wrote with the same model. --pairs writes the texts of each query with its document
+(label 1) and a sample of its negatives (label 0): columns query, document and label.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
-from bigdssm.cli import DATA, OVERWRITE, check_file_to_write, command, option
+from bigdssm.cli import DATA, OVERWRITE, at_least, check_file_to_write, command, option, refuse_options
 from bigdssm.cluster.launcher import check_launch
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
@@ -26,6 +27,7 @@ from bigdssm.errors import ConfigError
 from bigdssm.retrieval.embed import DocumentVectors, tower_encoders
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
+from bigdssm.retrieval.text_pairs import write_text_pairs
 from bigdssm.retrieval.vectors import read_vectors
 from bigdssm.utils.log import ProgressBar
 
@@ -49,11 +51,16 @@ from bigdssm.utils.log import ProgressBar
         help="use an approximate index for larger catalogues (default: %(default)s)",
     ),
     option("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)"),
+    option("--pairs", type=Path, metavar="PARQUET", help="also write texts and labels, to train a cross-encoder"),
+    option("--per-query", type=at_least(1), default=4, help="negatives per query of --pairs (default: %(default)s)"),
     OVERWRITE,
 )
 def main(args: argparse.Namespace) -> None:
     """Run the command line."""
-    check_file_to_write("--out", args.out, "mine_negatives", overwrite=args.overwrite)
+    for name, file in (("--out", args.out), ("--pairs", args.pairs)):
+        check_file_to_write(name, file, "mine_negatives", overwrite=args.overwrite)
+    if args.pairs is None:
+        refuse_options(args, ["--per-query"], "without --pairs")
     if args.margin is not None and not math.isfinite(args.margin):
         raise ConfigError(f"--margin {args.margin}: needs a finite number")
     if args.exact_up_to < 0:
@@ -89,6 +96,9 @@ def main(args: argparse.Namespace) -> None:
         hard = gather_hard_negatives(args.out, local, dataset)
     if distributed.is_main():
         print(f"{args.out}: {len(hard)} queries, {hard.per_query():.1f} negatives per query")
+        if args.pairs is not None:
+            num_pairs = write_text_pairs(args.pairs, dataset, hard, args.per_query)
+            print(f"{args.pairs}: {num_pairs} pairs of texts")
     if ranks > 1:
         leave_process_group()
 
