@@ -31,7 +31,7 @@ from .spawn import Pool
 DOCS, DIFFERENT, D, FIRST, LAST, MARGIN = 1003, 400, 17, 3, 20, 1.0
 SMALL: tuple[tuple[Any, str, int], ...] = (
     (split_module, "QUERIES_AT_ONCE", 37), (mine_module, "QUERIES_AT_ONCE", 142), (rounds_module, "PAIRS_AT_ONCE", 290),
-    (ranks_module, "QUERIES_PER_TILE", 16), (ranks_module, "TILE_SCORES", 16 * 128),
+    (ranks_module, "QUERIES_PER_TILE", 16), (ranks_module, "SCORES_PER_TILE", 16 * 128),
     (top_module, "TOP_QUERIES_AT_ONCE", 64), (top_module, "TILE_DOCS", 128),
 )  # fmt: skip
 
@@ -188,7 +188,7 @@ def peaks(rank: int, world_size: int, folder: Path) -> list[int]:
     )
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks_module, "TILE_SCORES", 65_536)
+        patch.setattr(ranks_module, "SCORES_PER_TILE", 65_536)
         patch.setattr(top_module, "TILE_DOCS", 2048)
         with LiveBytes() as live:
             evaluate_split(encoders, dataset, "test", rank=rank, world_size=world_size)

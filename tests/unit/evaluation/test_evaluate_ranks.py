@@ -48,7 +48,7 @@ def test_hand_worked(through: str) -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 10_000])
 def test_tiles_and_blocks_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_module, "TILE_SCORES", tile * 512)
+    monkeypatch.setattr(ranks_module, "SCORES_PER_TILE", tile * 512)
     random = np.random.RandomState(0)
     num_queries, num_docs = 700, 40  # more queries than one block
     documents = torch.tensor(random.randint(-2, 3, (num_docs, 4)), dtype=torch.float32)
