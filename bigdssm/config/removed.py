@@ -25,7 +25,21 @@ _STALE_TEXTS = RemovedKey(
         "key: columns: catalogue encodes all texts in every step, and columns: batch those of the batch"
     ),
 )
+_SCORER = RemovedKey(
+    default=None,
+    alternative=(
+        "re-ranking is a cross-encoder of sentence-transformers, which docs/ranking.md trains; delete the key, and "
+        "search with --rerank K --reranker FOLDER"
+    ),
+)
+_RERANK = RemovedKey(
+    default=50, alternative="validation ranks by the towers alone; delete the key, and evaluate with --rerank K"
+)
 REMOVED_KEYS: dict[str, RemovedKey] = {
+    "pretrain.scorer": _SCORER,
+    "sft.scorer": _SCORER,
+    "pretrain.rerank": _RERANK,
+    "sft.rerank": _RERANK,
     "pretrain.negatives.refresh_every_steps": _STALE_TEXTS,
     "sft.negatives.refresh_every_steps": _STALE_TEXTS,
     "engine.table_cache_rows": RemovedKey(

@@ -79,7 +79,7 @@ def test_a_users_file_and_command_line_have_no_removed_key(key: str, config: Con
     path, plain = tmp_path / "config.yaml", tmp_path / "plain.yaml"
     path.write_text(yaml.safe_dump(with_key(config, key, default)))
     plain.write_text(yaml.safe_dump(config.to_dict()))
-    for source, overrides in ((path, []), (plain, [f"{key}={default}"])):
+    for source, overrides in ((path, []), (plain, [f"{key}={json.dumps(default)}"])):
         with pytest.raises(ConfigError) as refused:
             load_config(source, overrides)
         expected = f"{source}: {key}: got {default}, needs no such key, which was removed: "
