@@ -355,7 +355,7 @@ def test_rules_give_the_same_vectors_packed_padded_and_alone(
         local = plan_locally(batch, TokenBudget(chunk_tokens, 0, packed))
         plan = local.synchronized(local.counts)
         assert plan.whole == (chunk_tokens == 0) and set(plan.query.packed) == packed.query
-        vectors.append(encode(engine, batch, plan, {})[0].U)  # type: ignore[arg-type]
+        vectors.append(encode(engine, batch, plan)[0].U)  # type: ignore[arg-type]
     assert packs.query == {"past"} and len(vectors[0]) == rows.num_queries > len(rows) > 6
     torch.testing.assert_close(vectors[0], vectors[1], rtol=1e-5, atol=1e-5)
     # The same queries without rules, each in a row of its own.
