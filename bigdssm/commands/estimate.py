@@ -11,15 +11,23 @@ process after all imports, about 0.5 GB.
 """
 
 import argparse
+import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
 
 from bigdssm.cli import at_least, command, option
-from bigdssm.config import load_config
-from bigdssm.dataset.dataset import open_dataset
+from bigdssm.config import Config, load_config
+from bigdssm.dataset.dataset import Dataset, open_dataset
+from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.training.estimate import StatedSizes, estimate, recorded_times, stand_in_dataset
+from bigdssm.features import Text
+from bigdssm.ingest.api import make_dataset
+from bigdssm.training.estimate import StatedSizes, estimate, recorded_times
 
 
 @command(
@@ -59,6 +67,29 @@ def main(args: argparse.Namespace) -> None:
         result = estimate(config, args.stage, dataset, args.gpus)
     for line in result.lines(args.rows_per_s or recorded[0], None if args.rows_per_s or args.pairs else recorded[1]):
         print(line)
+
+
+def stand_in_dataset(config: Config, rows: int, folder: Path) -> Dataset:
+    """Build a dataset of `rows` pairs of different documents, with texts of `max_tokens` words.
+
+    Raises ConfigError: a feature or kind of negatives whose size depends on more than StatedSizes.
+    """
+    features = [feature for side in Schema.declared(config.data).sides.values() for feature in side.values()]
+    needed = next((f"the feature {feature.name}" for feature in features if feature.type == "history"), "")
+    if needed or config.data.webdataset:
+        raise ConfigError(f"sizes of {needed or 'data.webdataset'} cannot be stated; build the dataset first")
+    random = np.random.RandomState(0)
+    columns: dict[str, list[Any]] = {"id of a document": [str(row) for row in range(rows)], "split": ["train"] * rows}
+    for feature in features:
+        if isinstance(feature, Text):
+            words = random.randint(config.data.tokenizer.vocab_size, size=(rows, feature.max_tokens))
+            values: list[Any] = [" ".join(map(str, text)) for text in words.tolist()]
+        else:
+            values = [ast.literal_eval(feature.example)] * rows
+        columns |= dict.fromkeys(feature.source_columns, values)
+    config = replace(config, data=replace(config.data, dir=str(folder), mixture=[], from_partition=None))
+    make_dataset(config, pairs=columns, doc_id_column="id of a document", split="column", split_column="split")
+    return open_dataset(config.data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Estimate a stage before it runs: memory per rank, communication per step, checkpoint size, duration."""
 
-import ast
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,12 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bigdssm.cluster.metrics import METRICS_FILE, read_stage
 from bigdssm.config import Config, EngineConfig, StageName
-from bigdssm.dataset.dataset import Dataset, open_dataset
+from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.negatives import NegativeDocuments
-from bigdssm.dataset.schema import Schema
 from bigdssm.errors import ConfigError
-from bigdssm.features import Text
-from bigdssm.ingest.api import make_dataset
 from bigdssm.loader.batch import Batch, Features
 from bigdssm.loader.step_plan import CHUNK_TOKENS_CPU, Chunked, StepPlan, TokenBudget, plan_side, plan_step
 from bigdssm.losses.kernels import loss_bytes, loss_sent_bytes
@@ -177,6 +172,7 @@ class Estimate:
         """Format the estimate; `validation_s` is the measured duration of a validation."""
         highest = max(self.phases, key=lambda name: self.phases[name])
         lines = [
+            "estimates, before a run:",
             f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks",
             *(f"  {name:42s} {_size(size)}" for name, size in self.resident.items()),
             *(f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()),
@@ -209,29 +205,6 @@ class StatedSizes:
     pairs: int  # of training
     documents: int
     queries: int  # of validation
-
-
-def stand_in_dataset(config: Config, rows: int, folder: Path) -> Dataset:
-    """Build a dataset of `rows` pairs of different documents, with texts of `max_tokens` words.
-
-    Raises ConfigError: a feature or kind of negatives whose size depends on more than StatedSizes.
-    """
-    features = [feature for side in Schema.declared(config.data).sides.values() for feature in side.values()]
-    needed = next((f"the feature {feature.name}" for feature in features if feature.type == "history"), "")
-    if needed or config.data.webdataset:
-        raise ConfigError(f"sizes of {needed or 'data.webdataset'} cannot be stated; build the dataset first")
-    random = np.random.RandomState(0)
-    columns: dict[str, list[Any]] = {"id of a document": [str(row) for row in range(rows)], "split": ["train"] * rows}
-    for feature in features:
-        if isinstance(feature, Text):
-            words = random.randint(config.data.tokenizer.vocab_size, size=(rows, feature.max_tokens))
-            values: list[Any] = [" ".join(map(str, text)) for text in words.tolist()]
-        else:
-            values = [ast.literal_eval(feature.example)] * rows
-        columns |= dict.fromkeys(feature.source_columns, values)
-    config = replace(config, data=replace(config.data, dir=str(folder), mixture=[], from_partition=None))
-    make_dataset(config, pairs=columns, doc_id_column="id of a document", split="column", split_column="split")
-    return open_dataset(config.data)
 
 
 def estimate(

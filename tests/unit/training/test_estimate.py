@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bigdssm.commands.estimate import stand_in_dataset
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
-from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate, stand_in_dataset
+from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate
 from tests.command_line import Tools
 from tests.conftest import NUM_ITEMS, TinyDataset
 
