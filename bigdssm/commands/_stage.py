@@ -36,11 +36,14 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
             help="continue from the newest valid checkpoint, if any (default: start from the beginning)",
         ),
         option("--validate", action="store_true", help="validate config and data, build one batch, and stop"),
+        option("--probe", action="store_true", help="take three steps; print their memory and rate, and the estimate"),
         option("--local_rank", type=int, default=0, help=argparse.SUPPRESS),  # deepspeed passes it
     )
     arguments = parser.parse_intermixed_args(argv)  # key=value may be anywhere
 
     def train() -> int | None:
+        if arguments.probe and (arguments.validate or arguments.resume):
+            raise ConfigError("--probe takes three steps of a new run, needs no --validate and no --resume")
         world_size = check_launch()
         stop = StopRequest()
         if is_rank():
@@ -57,6 +60,11 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
         try:
             config = load_config(arguments.config, arguments.overrides)
             with stage_lock():
+                if arguments.probe:
+                    from bigdssm.training.probe import probe_stage
+
+                    probe_stage(config, stage, world_size=world_size, launcher=launcher, stop=stop)
+                    return None
                 run_stage(
                     config,
                     stage,

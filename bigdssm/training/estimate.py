@@ -174,14 +174,14 @@ class Estimate:
         lines = [
             "estimates, before a run:",
             f"{self.num_weights:,} weights, {self.table_weights:,} of them in tables; {self.world_size} ranks",
-            *(f"  {name:42s} {_size(size)}" for name, size in self.resident.items()),
-            *(f"  {name + ' (then)':42s} {_size(size)}" for name, size in self.phases.items()),
-            f"memory of a rank, at its highest ({highest}): {_size(self.peak_bytes)}",
-            f"  {'in it, of the host if the ranks have GPUs':42s} {_size(self.host_bytes)}",
+            *(f"  {name:42s} {size_text(size)}" for name, size in self.resident.items()),
+            *(f"  {name + ' (then)':42s} {size_text(size)}" for name, size in self.phases.items()),
+            f"memory of a rank, at its highest ({highest}): {size_text(self.peak_bytes)}",
+            f"  {'in it, of the host if the ranks have GPUs':42s} {size_text(self.host_bytes)}",
             f"{self.rows_global:,} rows per step; a query has {self.negatives:,} negatives",
-            *(f"  {name:42s} {_size(size)}" for name, size in self.sent.items()),
-            f"sent by a rank in a step: {_size(sum(self.sent.values()))}",
-            f"a checkpoint: {_size(self.checkpoint_bytes)}",
+            *(f"  {name:42s} {size_text(size)}" for name, size in self.sent.items()),
+            f"sent by a rank in a step: {size_text(sum(self.sent.values()))}",
+            f"a checkpoint: {size_text(self.checkpoint_bytes)}",
         ]
         time = "unknown without rows per second (--rows-per-s, or the metrics of a run)"
         if rows_per_s:
@@ -461,7 +461,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"

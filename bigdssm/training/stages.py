@@ -383,11 +383,12 @@ def _training_state() -> Iterator[None]:
 
 def run_stage(
     config: Config, name: StageName, *, resume: bool, validate_only: bool, world_size: int,
-    launcher: LauncherMonitor | None = None, stop: StopRequest | None = None,
+    launcher: LauncherMonitor | None = None, stop: StopRequest | None = None, probe: bool = False,
 ) -> StageProgress | None:  # fmt: skip
     """Check, build and train one stage on this rank, within `stage_lock`; return its final progress.
 
-    validate_only: stop after the first batch was built, and return None.
+    validate_only: stop after the first batch was built, and return None. probe: stop after the steps of the stage,
+    without validations and checkpoints, and return None.
     """
     dataset = check_stage(config, name, world_size, resume)
     reads_contents = config.model.query.history.items != "id"
@@ -455,6 +456,9 @@ def run_stage(
                     stage_config.rows_global, world_size, "s" if world_size != 1 else "", done.step, folder,
                 )  # fmt: skip
                 stop.defer_signals()
+                if probe:
+                    trainer.probe()
+                    return None
                 progress = trainer.train()
                 keeps_start = trainer.keeps_start()
                 lock.result = {"best": describe_best(config, name, trainer)}

@@ -117,6 +117,14 @@ class Trainer:
             self.engine.destroy()
         return self.progress
 
+    def probe(self) -> None:
+        """Take the steps of a short stage, without validations and checkpoints."""
+        try:
+            with closing(read_batches(self.stream, self.batch_builder, device(), self.total_steps)) as batches:
+                self._take_steps(batches)
+        finally:
+            self.engine.destroy()
+
     def _take_steps(self, batches: Iterator[Batch]) -> None:
         """Take one step per batch, until the stage is over; validate and save when they are due."""
         stage, progress = self.stage, self.progress

@@ -1,6 +1,6 @@
 """Measure re-ranking: a MiniLM cross-encoder over the best documents of two towers, from two initial encoders.
 
-    python -m tools.evidence.reranking --sets tldr medquad --source ../shared/data --out runs/reranking
+    python -m tools.bench.bench_reranking --sets tldr medquad --source ../shared/data --out runs/reranking
 
 For each set two towers are trained from MiniLM with FPS on 5,000 pairs (the recipe of docs/text_search.md). A
 cross-encoder is then fine-tuned from MiniLM, and from the towers' encoder, on `--pairs` queries with hard negatives
