@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,11 @@ from bigdssm.errors import ConfigError, PeerError, Preempted
 from bigdssm.utils.log import get_logger
 
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
-STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the process (run_ranks, seeds, tune, tools.evidence) that started this one
+STARTED_BY = "BIGDSSM_STARTED_BY"  # pid of the process (run_ranks, tools.evidence) that started this one
 KILL_AFTER_FAILURE_S = 30.0  # limit for the other ranks to end after a failure; then they are killed
 RENDEZVOUS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # required in addition to RANK and WORLD_SIZE
 
 logger = get_logger(__name__)
-POLL_S = 1.0
 
 
 class LauncherMonitor:
@@ -191,11 +190,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, STARTED_BY: str(os.getpid())}
 
 
-def run_command(log: Path, command: str, *arguments: str, poll: Callable[[], None] | None = None) -> FinishedCommand:
-    """Run `bigdssm command …`, append its output to `log`, and call `poll` every POLL_S seconds.
+def run_command(log: Path, command: str, *arguments: str) -> FinishedCommand:
+    """Run `bigdssm command …` in a subprocess, and append its output to `log`.
 
-    A `command` that ends in .py is the path of a script. The subprocess is terminated if this process is interrupted
-    or `poll` raises.
+    A `command` that ends in .py is the path of a script. The subprocess is terminated if this process is interrupted.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     program = (command,) if command.endswith(".py") else ("-m", "bigdssm.commands", command)
@@ -203,12 +201,7 @@ def run_command(log: Path, command: str, *arguments: str, poll: Callable[[], Non
     with log.open("ab") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment())
         try:
-            pid, status, used = os.wait4(process.pid, 0 if poll is None else os.WNOHANG)
-            while not pid:
-                assert poll is not None
-                time.sleep(POLL_S)
-                poll()
-                pid, status, used = os.wait4(process.pid, os.WNOHANG)
+            _, status, used = os.wait4(process.pid, 0)
         except BaseException:
             process.terminate()
             process.wait()

@@ -19,7 +19,7 @@ GROUPS = {
     "Ingest": ("make_shards", "inspect_shards"),
     "Train": (
         "config", "estimate", "pretrain", "list_candidates", "mine_negatives", "sample_negatives", "embed_teacher",
-        "score_pairs", "sft", "tune", "seeds",
+        "score_pairs", "sft",
     ),
     "Evaluate": ("evaluate", "report", "compare_runs", "compare_models", "plot_run"),
     "Search and serve": ("convert_checkpoint", "embed", "build_index", "publish", "search", "recommend", "serve"),

@@ -7,7 +7,7 @@ Evaluates the existing models among RUN/pretrain/best and RUN/sft/best over the 
 rows have histories, a Markov chain as baselines; the models are compared with the last baseline. With --beir the models
 are evaluated on a BEIR folder (such as that of make_shards --beir), against BM25 (--bm25), an unchanged pretrained
 encoder (--pretrained), and runs saved by bigdssm evaluate (--compare). Several RUNs must have the same config with
-different seeds (bigdssm seeds): metrics are means ± standard errors over queries and seeds; confidence intervals
+different seeds: metrics are means ± standard errors over queries and seeds; confidence intervals
 bootstrap over seeds and over clusters of queries (one per user or query text). REPORT.json is a list of {name,
 ndcg_at_10, …, seconds}; `seconds` includes training and evaluation; `seeds` contains the metrics per seed.
 """

@@ -189,8 +189,8 @@ BASELINES: dict[str, Callable[..., Scores]] = {  # by name; each is called with 
 }
 
 
-def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = True) -> None:
-    """Raise ConfigError if the options are invalid for the baseline `name`; `require_all`: or incomplete."""
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the options are invalid or incomplete for the baseline `name`."""
     fit = BASELINES[name]
     known, hints = dict(list(inspect.signature(fit).parameters.items())[1:]), get_type_hints(fit, include_extras=True)
     for option, given in options.items():
@@ -201,7 +201,7 @@ def check_options(name: str, options: Mapping[str, Any], *, require_all: bool = 
         value = argument(key, given, kind)
         require(bound is None or bound.holds(value), key, given, str(bound))
     for option, parameter in known.items():
-        if require_all and parameter.default is inspect.Parameter.empty and option not in options:
+        if parameter.default is inspect.Parameter.empty and option not in options:
             raise ConfigError(f"the baseline {name} needs the option {option}")
 
 

@@ -1,4 +1,4 @@
-"""tools/evidence and launch/tune.py from the command line: cells are trained, shared, resumed and pruned."""
+"""tools/evidence from the command line: cells are trained, shared and resumed."""
 
 from __future__ import annotations
 
@@ -92,13 +92,3 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
     (tmp_path / "second.yaml").write_text(yaml.safe_dump(broken))
     refused = command("-m", "tools.evidence", tmp_path / "second.yaml", "--out", out)
     assert refused.returncode == 2 and "pretrain.steps: got -1" in refused.stderr
-
-
-def test_a_search_over_trainings(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
-    (tmp_path / "space.yaml").write_text("pretrain.optimizer.lr: {choices: [0.001, 0.0000001]}\n")
-    search = ["--config", tiny_interactions.config, "--space", tmp_path / "space.yaml", "--out", tmp_path / "out"]
-    few = [*SMALL, "pretrain.steps=60", "pretrain.validate_every_steps=10", "pretrain.log_every_steps=10"]
-    done = command("launch/tune.py", *search, "--trials", 3, *few)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "out/best.json").read_text()) == ["pretrain.optimizer.lr=0.001"]
-    assert "complete" in done.stdout

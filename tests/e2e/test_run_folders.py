@@ -313,7 +313,7 @@ def test_a_finished_stage_may_be_trained_longer(config: Path, run: Path) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_training_ends_with_the_command_that_has_started_it(config: Path, tmp_path: Path, number: int) -> None:
-    """As with tune and tools.evidence: the run saves and releases the folder for the same command."""
+    """As with tools.evidence: the run saves and releases the folder for the same command."""
     run = tmp_path / "run"
     arguments = ["pretrain", "--config", str(config), f"run.dir={run}", "pretrain.steps=1000000"]
     code = "import pathlib; from bigdssm.cluster.launcher import run_command as run; "

@@ -121,7 +121,7 @@ def test_importing_brings_no_torch_and_takes_no_time() -> None:
 
 
 def test_serving_a_model_without_texts_imports_no_transformers() -> None:
-    modules = [f"bigdssm.commands.{name}" for name in ("search", "serve", "recommend", "replay", "tune")]
+    modules = [f"bigdssm.commands.{name}" for name in ("search", "serve", "recommend", "replay")]
     script = (
         f"import sys, bigdssm.serving.app, {', '.join(modules)}; print({{'torch', 'transformers'}} & set(sys.modules))"
     )

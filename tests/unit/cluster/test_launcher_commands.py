@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from bigdssm.cluster import launcher
 from bigdssm.cluster.launcher import run_command
 
 
@@ -25,8 +24,7 @@ def test_output_and_time_of_a_command_are_recorded(tmp_path: Path) -> None:
     assert log.read_text().startswith(once) and "are required: dataset" in log.read_text()
 
 
-def test_a_watched_command_ends_with_its_watcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "POLL_S", 0.01)
+def test_an_interrupted_command_is_terminated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -34,11 +32,12 @@ def test_a_watched_command_ends_with_its_watcher(tmp_path: Path, monkeypatch: py
         started.append(popen(*arguments, **keywords))
         return started[-1]
 
-    def interrupt() -> None:
+    def interrupt(pid: int, options: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", remembered)
+    monkeypatch.setattr(os, "wait4", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run_command(tmp_path / "log", "estimate", "--help", poll=interrupt)
+        run_command(tmp_path / "log", "estimate", "--help")
     with pytest.raises(ProcessLookupError):
         os.kill(started[0].pid, 0)

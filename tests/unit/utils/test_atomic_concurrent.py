@@ -20,7 +20,6 @@ from bigdssm.ingest import dataset_writer
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.retrieval.shards import ShardedFolder, Share
-from bigdssm.training.tuning import read_space, search
 from bigdssm.utils.atomic import WriterLock
 
 CONFIG = DataConfig(dir="", query={"q": Categorical()}, doc={"d": Categorical()})
@@ -189,19 +188,3 @@ def test_shards_of_one_folder_are_of_one_job_at_a_time(tmp_path: Path) -> None:
     assert [shard for shard, *_ in filled.pending("rows")] == [0, 1]
     assert filled.finish(lambda aside: None)
     assert not list(out.iterdir())
-
-
-def test_a_search_for_values_is_of_one_process(tmp_path: Path) -> None:
-    """Tuning is locked by one process; another would treat the running trial as interrupted."""
-    (tmp_path / "space.yaml").write_text("x: {low: 0.0, high: 1.0}\n")
-    space = read_space(tmp_path / "space.yaml")
-    others: list[str] = []
-
-    def value(trial: Any, values: dict[str, Any]) -> float:
-        with pytest.raises(DataError, match=r"another process is writing .*/out"):
-            search(lambda *args: 0.0, space, tmp_path / "out", 2, first={})
-        others.append("refused")
-        return float(values["x"])
-
-    search(value, space, tmp_path / "out", 2, first={})
-    assert len(others) == 2
