@@ -21,11 +21,11 @@ from bigdssm.evaluation.comparison import MeasuredRows, System, read_ranks, save
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from tools.evidence.__main__ import main
 from tools.evidence.benches import read_benchmarks, run_benchmarks
-from tools.evidence.claims import Expectation, read_claim
+from tools.evidence.claims import CLAIM_METRICS, RANK_LIMIT, Expectation, read_claim
 from tools.evidence.page import OVERVIEW, as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
 from tools.evidence.running import Trial, _config_content, cpu_seconds, plan_trials, run_trial, run_trials, write_config
-from tools.evidence.stored import read_trials, with_finished, write_trials
+from tools.evidence.stored import StoredTrial, pack_ranks, read_trials, with_finished, write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
 EARLIER_CELLS = {  # by claim: cells whose figures are of an earlier version of the package
@@ -50,6 +50,7 @@ def written(tmp_path: Path, **changed: Any) -> Path:
     [
         ({"sets": {}}, "sets: got none, needs at least one"),
         ({"cells": {}}, "cells: got none"),
+        ({"metric": "mrr"}, "metric: got mrr, needs one of ndcg_at_10, hr_at_10"),
         (
             {"sets": {"small": {"config": "x", "seeds": [1, 1]}}},
             r"sets.small.seeds: got \[1, 1\], needs each once",
@@ -365,7 +366,7 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
     both = np.stack([read_ranks(trial.report).ranks for trial in planned[:2]])
     assert cell.mean == pytest.approx(row_metrics(both.ravel())["ndcg_at_10"].mean(), abs=5e-5)
     lines = file.read_text().splitlines()
-    file.write_text("\n".join([lines[0].replace('"ranks": "', '"ranks": "AAAA'), *lines[1:]]))
+    file.write_text("\n".join([lines[0].replace('"first_ranks": "', '"first_ranks": "AAAA'), *lines[1:]]))
     with pytest.raises(DataError, match="are damaged"):
         collect(claim, elsewhere, read_trials(file))
     file.write_text("{}")
@@ -518,6 +519,19 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
         ]
     )
     assert shown in tables_as_markdown({"costs": result}, "page.md")
+
+
+def test_the_stored_ranks_give_the_metrics_of_the_exact_ranks() -> None:
+    rng = np.random.default_rng(0)
+    ranks = np.concatenate([rng.integers(2, 60, 1000) / 2, rng.integers(1, 10**6, 1000), [10.0, 10.5, 11.0]])
+    found = StoredTrial("x", "test", "", True, 0.0, pack_ranks(ranks)).saved().ranks
+    np.testing.assert_array_equal(found[ranks <= RANK_LIMIT], ranks[ranks <= RANK_LIMIT])
+    exact, stored = row_metrics(ranks), row_metrics(found)
+    for metric in CLAIM_METRICS:
+        np.testing.assert_array_equal(stored[metric], exact[metric])
+    for wrong in (1.25, np.nan):
+        with pytest.raises(DataError, match="not a multiple of 1/2"):
+            pack_ranks(np.array([1.0, wrong]))
 
 
 def test_the_page_can_be_computed_from_the_stored_trials() -> None:

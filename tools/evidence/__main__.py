@@ -7,8 +7,8 @@ A file contains a claim, its configs, its cells (overrides of the config, or a b
 (tools/evidence/claims.py). Finished trials in --out are reused, interrupted ones resumed; cells shared by two claims
 are trained once. --only selects trials by a part of their name, such as `tldr: FPS, seed 0`. --page writes the page of
 all finished claims, and their tables to a second page, such as docs/evidence_tables.md. --store (default: the folder of
-the page) contains results.json (their results) and trials.jsonl (the ranks of all trials), which are reused on any
-machine. Benchmarks of a claim run after all training runs, one at a time. --collect trains nothing and needs no
+the page) contains results.json (their results) and trials.jsonl (the first ranks of all trials), which are reused on
+any machine. Benchmarks of a claim run after all training runs, one at a time. --collect trains nothing and needs no
 datasets: it rewrites the pages from stored results, for example after a change of a claim's texts.
 """
 

@@ -36,6 +36,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.evaluation.baselines import BASELINES
 
 Verdict = Literal["holds", "does not hold", "open"]
+RANK_LIMIT = 10
+CLAIM_METRICS = ("ndcg_at_10", "hr_at_10")  # 0 beyond RANK_LIMIT: trials.jsonl stores no lower ranks
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def _check(path: Path, claim: Claim) -> None:
         if not holds:
             raise ConfigError(f"{path}: {key}: got {got}, needs {needed}")
 
+    need(claim.metric in CLAIM_METRICS, "metric", claim.metric, f"one of {', '.join(CLAIM_METRICS)}")
     need(bool(claim.sets), "sets", "none", "at least one")
     need(bool(claim.cells), "cells", "none", "at least one")
     for name, data in claim.sets.items():

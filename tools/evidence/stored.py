@@ -1,7 +1,8 @@
 """Stored results of finished trials (trials.jsonl), usable on other machines without the runs.
 
-One JSON line per trial: its name, the ranks of the split's queries and the CPU seconds. Intervals are computed from the
-ranks, so that the page can be verified with the dataset alone, without training.
+One JSON line per trial: its name, the ranks of the split's queries up to RANK_LIMIT and the CPU seconds. The metrics of
+a claim (CLAIM_METRICS) are 0 beyond RANK_LIMIT, so their values and intervals are those of the exact ranks: the page
+can be verified with the dataset alone, without training.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy as np
 from bigdssm.errors import DataError
 from bigdssm.evaluation.comparison import SavedRanks, read_ranks
 from bigdssm.utils.atomic import write_text
+from tools.evidence.claims import RANK_LIMIT
 from tools.evidence.running import Trial, cpu_seconds
 
-DTYPE = np.dtype("<f4")  # of the ranks in the file
+BEYOND = RANK_LIMIT + 1  # stored in place of all lower ranks
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,31 @@ class StoredTrial:
     rows: str  # checksum of the split's rows
     exclude_seen: bool | str
     cpu_seconds: float  # of training including pretraining
-    ranks: str  # DTYPE [queries], deflated, base64
+    first_ranks: str  # uint8 [queries], twice the rank (equal scores have half ranks), deflated, base64
 
     @classmethod
     def of(cls, trial: Trial) -> StoredTrial:
         """Read the result from the trial's folder. Raises DataError: not finished."""
         saved = read_ranks(trial.report)
-        packed = base64.b64encode(zlib.compress(saved.ranks.astype(DTYPE).tobytes(), 9)).decode()
         spent = round(cpu_seconds(trial), 1)
-        return cls(trial.name, saved.split, saved.rows, saved.exclude_seen, spent, packed)
+        return cls(trial.name, saved.split, saved.rows, saved.exclude_seen, spent, pack_ranks(saved.ranks))
 
     def saved(self) -> SavedRanks:
-        """Return the ranks, float64. Raises DataError: damaged."""
+        """Return the ranks, float64, BEYOND in place of lower ones. Raises DataError: damaged."""
         try:
-            ranks = np.frombuffer(zlib.decompress(base64.b64decode(self.ranks, validate=True)), DTYPE)
+            doubled = np.frombuffer(zlib.decompress(base64.b64decode(self.first_ranks, validate=True)), np.uint8)
         except (ValueError, zlib.error) as error:
             raise DataError(f"the stored ranks of {self.trial} are damaged ({error}); remove its line") from None
-        return SavedRanks(self.trial, ranks.astype(np.float64), 0.0, self.split, self.rows, self.exclude_seen)
+        return SavedRanks(self.trial, doubled / 2, 0.0, self.split, self.rows, self.exclude_seen)
+
+
+def pack_ranks(ranks: np.ndarray) -> str:
+    """Return ranks (float [queries]) as in `first_ranks`. Raises DataError: a rank is not a multiple of 1/2."""
+    doubled = 2 * np.where(ranks <= RANK_LIMIT, ranks, BEYOND)
+    codes = doubled.astype(np.uint8)
+    if not (np.isfinite(ranks).all() and (codes == doubled).all()):
+        raise DataError("a rank is not a multiple of 1/2, which trials.jsonl cannot store")
+    return base64.b64encode(zlib.compress(codes.tobytes(), 9)).decode()
 
 
 def read_trials(path: Path) -> dict[str, StoredTrial]:
