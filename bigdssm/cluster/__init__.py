@@ -1,1 +1,1 @@
-"""Process-level services of a run: launcher, watchdog, signals, fault injection, run folder, metrics."""
+"""Process-level services of a run: launcher, watchdog, signals, run folder, metrics."""

@@ -30,7 +30,6 @@ from bigdssm.checkpoints.model_folder import (
 )
 from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.checkpoints.training_record import TRAINED, TrainingRecord
-from bigdssm.cluster.faults import install_faults
 from bigdssm.cluster.launcher import LauncherMonitor, check_launch
 from bigdssm.cluster.metrics import CONFIG_FILE, Trackers
 from bigdssm.cluster.monitor import SpikeAlert
@@ -271,7 +270,7 @@ def build_trainer(
         contents = ItemContents(engine, dataset, contents_period(stage, stream.steps_per_epoch))
     trainer = Trainer(
         name=name, stage=stage, folder=folder, origin=origin, stream=stream, stream_step=stream.step,
-        batch_builder=batch_builder, engine=engine, objective=objective, loss_function=objective, mining=mining,
+        batch_builder=batch_builder, engine=engine, objective=objective, mining=mining,
         contents=contents,
         validator=Validator(
             dataset, config, name, 1024, documents, keeps_frozen=start.same_segment,
@@ -448,7 +447,6 @@ def run_stage(
                     store=store, trackers=trackers, bar=bar, watchdog=watchdog, stop=stop,
                 )  # fmt: skip
                 del start  # frees the checkpoint in memory
-                install_faults(trainer)
                 record_start(folder, done.step, trainer.total_steps)
                 logger.info(
                     "%s: %s, %d steps of %d rows on %d rank%s, from step %d, in %s",

@@ -32,7 +32,7 @@ from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
 from bigdssm.training.refresh import HardNegativeRefresh, ItemContents
 from bigdssm.training.start import StageProgress, StartPoint
-from bigdssm.training.step import LossFunction, RankReport, StepResult, train_step
+from bigdssm.training.step import RankReport, StepResult, train_step
 from bigdssm.training.validation import BestSelection, Validator, WeightAverage
 from bigdssm.utils import timing
 from bigdssm.utils.device import RandomState
@@ -61,7 +61,6 @@ class Trainer:
     batch_builder: BatchBuilder
     engine: Engine
     objective: Objective
-    loss_function: LossFunction  # the objective, unless fault injection replaces it
     mining: HardNegativeRefresh
     contents: ItemContents | None  # of items, with model.query.history.items
     validator: Validator
@@ -183,7 +182,7 @@ class Trainer:
         lr_factor = self.lr_ratio * schedule_factor(applied, segment_steps, stage.optimizer)
         if self.contents is not None:
             self.contents.use(batch.step)
-        result = train_step(self.engine, batch, plan, self.loss_function, lr_factor, make_report)
+        result = train_step(self.engine, batch, plan, self.objective, lr_factor, make_report)
         self.objective.step(result.applied, lr_factor)
 
         progress.step += 1

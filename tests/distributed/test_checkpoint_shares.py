@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter
@@ -268,7 +269,18 @@ def with_a_full_disk(
         return train_step(*arguments)
 
     trainer.train_step = counted
-    os.environ["BIGDSSM_FAULT"] = f"disk-full@{full_at}:1"
+    train = trainer.Trainer.train
+
+    def with_limited_space(self: Any) -> Any:
+        if rank == 1:
+            self.store.between_files = limit
+        return train(self)
+
+    def limit(step: int) -> None:
+        if step == full_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer.Trainer.train = with_limited_space
     overrides = (f"pretrain.steps={steps}", f"pretrain.save_every_steps={full_at}", "pretrain.validate_every_steps=0")
     due = trainer._is_due
     trainer._is_due = lambda step, every: step == full_at == every
@@ -278,5 +290,5 @@ def with_a_full_disk(
         return f"{type(error).__name__}: {error}", done
     finally:
         trainer.train_step, trainer._is_due = train_step, due
-        del os.environ["BIGDSSM_FAULT"]
+        trainer.Trainer.train = train
     return "", done

@@ -18,6 +18,7 @@ pytest.importorskip("xxhash")
 from bigdssm.loader.batch import uploaded_batches
 from bigdssm.models import QueryPositions, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
+from tests.faults import sitecustomize as faults
 from tests.packing import within_rows
 from tests.unit.models.test_packed import gradients, model, never_packed, vectors
 
@@ -87,7 +88,7 @@ def test_a_run_trains_on_the_gpu_and_resumes(tmp_path: Path) -> None:
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": DEVICE}
     for more, fault, code in (([], "term@6", 75), (["--resume", "auto"], "", 0)):
-        struck = environment | ({"BIGDSSM_FAULT": fault} if fault else {})
+        struck = environment | faults.variables(fault)
         done = subprocess.run([*command, *more], cwd=ROOT, env=struck, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
     losses = [record["loss"] for record in small_run.records(run_dir, "pretrain")]

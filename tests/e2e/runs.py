@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigdssm.distributed import free_port
+from tests.faults import sitecustomize as faults
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -20,7 +21,7 @@ MARK = "BIGDSSM_TEST_RUN"  # variable with the run folder, inherited by all proc
 
 
 def environment(fault: str = "", **variables: str) -> dict[str, str]:
-    found = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "BIGDSSM_FAULT": fault, **variables}
+    found = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **faults.variables(fault), **variables}
     if "PATH" not in variables:
         found["PATH"] = f"{BIN}{os.pathsep}{found['PATH']}"
     return found

@@ -345,7 +345,7 @@ def test_other_numbers_of_ranks_resume_with_the_same_rows(config: Path, tmp_path
     assert whole.code == 0, whole.log
     run = tmp_path / "run"
     for ranks, fault, code in ((2, "term@4:1", 75), (3, "term@9:2", 75), (1, "", 0)):
-        resumed = pretrain(config, run, *arguments, *RESUME, ranks=ranks, env={"BIGDSSM_FAULT": fault}).wait()
+        resumed = pretrain(config, run, *arguments, *RESUME, ranks=ranks, fault=fault).wait()
         assert resumed.codes == [code] * ranks, resumed.log
     assert rows_by_step(run) == rows_by_step(tmp_path / "whole") and len(rows_by_step(run)) == 14
     for mine, theirs in zip(small_run.records(run), small_run.records(tmp_path / "whole"), strict=True):
@@ -354,8 +354,8 @@ def test_other_numbers_of_ranks_resume_with_the_same_rows(config: Path, tmp_path
 
 def test_a_killed_loader_process_ends_the_run_at_once_with_its_own_text(config: Path, tmp_path: Path) -> None:
     arguments = ("pretrain.steps=1000000", "data.num_workers=1")
-    run = pretrain(config, tmp_path / "run", *arguments, ranks=2, env={"BIGDSSM_FAULT": "kill-loader@3:1"})
-    run.wait_for("BIGDSSM_FAULT: kill-loader at step 3 on rank 1")
+    run = pretrain(config, tmp_path / "run", *arguments, ranks=2, fault="kill-loader@3:1")
+    run.wait_for("BIGDSSM_TEST_FAULT: kill-loader at step 3 on rank 1")
     assert run.wait(30).codes == [6, 6], run.log
     died = r"rank 1 cannot read \S+: a loader process died: pid \d+ was killed by SIGKILL"
     assert re.search(died, run.errors[0]), run.log
@@ -442,7 +442,7 @@ def test_a_rank_that_ends_for_a_dead_peer_notes_its_end(config: Path, tmp_path: 
         ("stop@9:1", r"rank 1 .* has been stopped"),
     ):
         folder = tmp_path / fault[:4]
-        done = pretrain(config, folder, *arguments, ranks=2, env={"BIGDSSM_FAULT": fault}).wait(60)
+        done = pretrain(config, folder, *arguments, ranks=2, fault=fault).wait(60)
         assert done.code == 6, done.log
         assert events(folder)[-1]["event"] == "end" and events(folder)[-1]["exit_code"] == 6
         assert re.search(words, events(folder)[-1]["reason"])

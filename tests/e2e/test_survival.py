@@ -65,7 +65,7 @@ def test_a_stop_signal_to_any_process_saves_and_ends_all_ranks_in_time(
     arguments = (*NEVER_ENDING, "data.num_workers=1", "engine.peer_timeout_s=60")
     arguments += ("--ranks", "2") if name == "--ranks" else ()
     run = Run(folder, config, *arguments, command=launcher(name), variables=environment(fault))
-    run.wait_for("BIGDSSM_FAULT: ")
+    run.wait_for("BIGDSSM_TEST_FAULT: ")
     struck = time.monotonic()
     assert run.wait() in codes, run.log
     run.wait_for_orphans(KUBERNETES_GRACE_S)
@@ -84,7 +84,7 @@ def test_a_stop_signal_to_one_rank_gives_the_documented_exit_code(config: Path, 
 def test_a_stopped_rank_ends_the_run_within_its_timeout(config: Path, folder: Path) -> None:
     arguments = (*NEVER_ENDING, "engine.peer_timeout_s=10")
     run = Run(folder, config, *arguments, variables=environment("stop@9:0"))
-    run.wait_for("BIGDSSM_FAULT: stop")
+    run.wait_for("BIGDSSM_TEST_FAULT: stop")
     struck = time.monotonic()
     assert run.wait() in (6, 247), run.log  # the launcher returns the code of the first rank to end
     run.wait_for_orphans(5)

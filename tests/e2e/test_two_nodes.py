@@ -135,7 +135,7 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
 
     try:
         first, second = start(fault="hang@6:1")
-        second.wait_for("BIGDSSM_FAULT: hang")
+        second.wait_for("BIGDSSM_TEST_FAULT: hang")
         first.wait_for("wrote the checkpoint of step 4")  # in the background
         second.lose_power()
         died = time.monotonic()
@@ -144,7 +144,7 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
         assert re.search(r"error: rank 1 \(pid \d+ on \S+\) no longer sends heartbeats", first.log), first.log
 
         first, second = start("--resume", "auto", fault="hang@10:1")
-        second.wait_for("BIGDSSM_FAULT: hang")
+        second.wait_for("BIGDSSM_TEST_FAULT: hang")
         assert re.search("continues from .*step-00000004", first.log), first.log
         first.wait_for("wrote the checkpoint of step 8")
         nodes.plug(1, "down")

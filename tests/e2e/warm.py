@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigdssm.distributed import free_port
+from tests.faults import sitecustomize as faults
 
 ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
@@ -22,14 +23,16 @@ _context.set_forkserver_preload(["bigdssm.commands._stage", "bigdssm.training.st
 class Command:
     """`launch/STAGE.py …` on several ranks; `codes` are their exit codes, `log` their output."""
 
-    def __init__(self, stage: str, *arguments: object, ranks: int = 1, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, stage: str, *arguments: object, ranks: int = 1, env: Mapping[str, str] | None = None, fault: str = ""
+    ) -> None:
         self._log = Path(os.environ["BIGDSSM_TEST_LOGS"]) / f"{time.monotonic_ns()}.log"
         port = free_port()
         self.ranks = []
         for rank in range(ranks):
             of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **of_rank} if ranks > 1 else {}
-            variables = {key: str(value) for key, value in {**group, **(env or {})}.items()}
+            variables = {key: str(value) for key, value in {**group, faults.VARIABLE: fault, **(env or {})}.items()}
             argv = [str(argument) for argument in arguments]
             process = _context.Process(target=_run, args=(stage, argv, variables, str(self._log)))
             process.start()
@@ -90,5 +93,7 @@ def _run(stage: str, argv: list[str], variables: dict[str, str], log: str) -> No
     os.chdir(ROOT)
     os.setsid()
     from bigdssm.commands._stage import run
+    from bigdssm.training import trainer
 
+    faults.inject(trainer)  # its module was imported before the fork
     sys.exit(run(stage, None, argv))  # type: ignore[arg-type]

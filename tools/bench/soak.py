@@ -163,7 +163,7 @@ def inject(config: Path, hurt: Path, kind: str, nan: str, newest: int, chance: r
     if kind in IN_SAVE:
         step = (first // SAVE_EVERY + chance.randint(1, MAX_STEPS // SAVE_EVERY)) * SAVE_EVERY
     run = start(config, hurt, launcher, f"{nan},{kind}@{step}:{rank}")
-    seconds = run.wait_for_fault(f"BIGDSSM_FAULT: {kind} at")
+    seconds = run.wait_for_fault(f"BIGDSSM_TEST_FAULT: {kind} at")
     return FaultResult(kind, launcher, rank, step, run.process.returncode, round(seconds, 1), run.resumed_from())
 
 
@@ -248,7 +248,8 @@ def start(config: Path, folder: Path, launcher: str, faults: str) -> Run:
     )
     command += ["launch/pretrain.py", "--config", str(config), f"run.dir={folder}", "--resume", "auto"]
     path = f"{near}{os.pathsep}{os.environ['PATH']}"
-    forced = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "BIGDSSM_FAULT": faults, "PATH": path}
+    forced = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "BIGDSSM_TEST_FAULT": faults, "PATH": path}
+    forced["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "tests/faults")]))
     return Run(command, folder, {**os.environ, **forced})
 
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from bigdssm.cli import run_main
-from bigdssm.cluster.faults import VARIABLE, Fault, install_faults, parse
 from bigdssm.cluster.launcher import LauncherMonitor, parent_of, state_of
 from bigdssm.cluster.monitor import SpikeAlert
 from bigdssm.cluster.signals import STOPPED_EARLY_MESSAGE, StopRequest
-from bigdssm.errors import ConfigError, Preempted
+from bigdssm.errors import Preempted
 from bigdssm.utils.log import default_logging
+from tests.faults import sitecustomize as faults
 
 # a rank that prints its lost ancestor, started by a process named like DeepSpeed's launcher under a runner
 RANK = """
@@ -55,50 +55,63 @@ class Step:
     step: int
 
 
-def test_faults_are_read_and_refused() -> None:
-    assert parse("kill@3:1") == Fault("kill", 3, 1)
-    assert parse(" term-runner@0 ") == Fault("term-runner", 0, 0)
-    for wrong in ("kill", "kill@x", "explode@3", "kill@3:"):
-        with pytest.raises(ConfigError, match="needs kind@step"):
-            parse(wrong)
+class Trainer:
+    """A trainer without steps."""
+
+    def __init__(self) -> None:
+        self.store = SimpleNamespace()
+
+    def train(self) -> SimpleNamespace:
+        return self.store
 
 
 def loss_function(encoded: object, batch: object) -> Output:
     return Output(torch.tensor(2.0))
 
 
-def train_step(*args: object) -> tuple[object, ...]:
-    return args
+def train_step(engine: object, batch: object, plan: object, loss_function: Any) -> torch.Tensor:
+    return loss_function(None, batch).loss
 
 
 def with_faults() -> SimpleNamespace:
-    trainer = SimpleNamespace(train_step=train_step, loss_function=loss_function, store=SimpleNamespace())
-    install_faults(trainer)
-    return trainer
+    """Return a module like that of the trainer, with the faults of the environment."""
+    module = SimpleNamespace(Trainer=type("OwnTrainer", (Trainer,), {}), train_step=train_step)
+    faults.inject(module)  # type: ignore[arg-type]
+    return module
+
+
+def loss_of(module: SimpleNamespace, step: int) -> torch.Tensor:
+    return module.train_step("engine", Step(step), "plan", loss_function)
+
+
+def test_faults_are_read_and_refused() -> None:
+    assert faults.parse("kill@3:1") == faults.Fault("kill", 3, 1)
+    assert faults.parse(" term-runner@0 ") == faults.Fault("term-runner", 0, 0)
+    for wrong in ("kill", "kill@x", "explode@3", "kill@3:"):
+        with pytest.raises(ValueError, match="needs kind@step"):
+            faults.parse(wrong)
 
 
 def test_only_this_ranks_faults_strike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "nan@3:1,raise@4,spike@5:1")
+    monkeypatch.setenv(faults.VARIABLE, "nan@3:1,raise@4,spike@5:1")
     monkeypatch.setenv("RANK", "1")
-    trainer = with_faults()
-    assert [trainer.loss_function(None, Step(step)).loss.item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
-    assert trainer.loss_function(None, Step(3)).loss.isnan()
-    assert trainer.train_step(Step(4), "plan") == (Step(4), "plan")
+    module = with_faults()
+    assert [loss_of(module, step).item() for step in (2, 4, 5)] == [2.0, 2.0, 200.0]
+    assert loss_of(module, 3).isnan()
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="injected by"):
-        with_faults().train_step(Step(4), "plan")
+        loss_of(with_faults(), 4)
 
 
 def test_without_faults_nothing_is_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    trainer = with_faults()
-    assert trainer.loss_function is loss_function and trainer.train_step is train_step
-    assert vars(trainer.store) == {}
+    monkeypatch.delenv(faults.VARIABLE, raising=False)
+    module = with_faults()
+    assert module.train_step is train_step and module.Trainer.train is Trainer.train
 
 
 def test_a_full_disk_strikes_in_its_checkpoint_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "disk-full@8")
-    store = with_faults().store
+    monkeypatch.setenv(faults.VARIABLE, "disk-full@8")
+    store = with_faults().Trainer().train()
     store.between_files(4)
     with pytest.raises(OSError, match="No space left on device"):
         store.between_files(8)
