@@ -168,11 +168,12 @@ def _evaluate_split(args: argparse.Namespace) -> None:
     coverage = args.by is not None
     others = baseline_systems(**options, by_day=True, coverage=coverage) if args.baselines else []
     encode_in(folder.model, args.precision)
-    model = _evaluate_model(name, folder, coverage=coverage, **options)
+    reranking = None
     if args.rerank:
+        reranking = Reranking(Reranker(args.reranker, Texts.of(folder.view(dataset))), args.rerank)
+    model = _evaluate_model(name, folder, coverage=coverage, **options)
+    if reranking is not None:
         others.insert(0, model)
-        reranker = Reranker(args.reranker, Texts.of(folder.view(dataset)))
-        reranking = Reranking(reranker, args.rerank)
         model = _evaluate_model(f"{name}, top {args.rerank} re-ranked", folder, rerank=reranking, **options)
     for other_name, path in zip(other_names, args.compare, strict=True):
         if path.is_dir():

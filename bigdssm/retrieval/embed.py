@@ -261,13 +261,13 @@ def encode_columns(
     return torch.cat(parts)
 
 
-def encode(model: nn.Module, paired: bool = False, **sides: Mapping[str, Values]) -> Encoded:
-    """Run `model` on features of a side, or on pairs, in evaluation mode and without gradients."""
+def encode(model: nn.Module, **sides: Mapping[str, Values]) -> Encoded:
+    """Run `model` on features of a side in evaluation mode and without gradients."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            encoded: Encoded = model(**sides, **({"paired": True} if paired else {}))
+            encoded: Encoded = model(**sides)
     finally:
         model.train(was_training)
     return encoded

@@ -23,9 +23,6 @@ from bigdssm.retrieval.embed import (
 )
 from bigdssm.utils.arguments import checked
 
-PAIRS_AT_ONCE = 8192  # pairs converted to tensors at a time
-VECTORS_AT_ONCE = 16_384  # vector pairs scored at a time
-
 Columns = Mapping[str, Column]
 EncodeSide = Callable[[nn.Module, Mapping[str, Values]], Tensor]
 """Computes the vectors of one side with the model, such as `query_vectors`."""

@@ -1,4 +1,4 @@
-"""Three real steps of a stage: their memory and rate beside the estimate."""
+"""Three real steps of a stage: their memory and rate, with the estimate."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def probe_stage(
     config: Config, name: StageName, *, world_size: int,
     launcher: LauncherMonitor | None = None, stop: StopRequest | None = None,
 ) -> None:  # fmt: skip
-    """Take three steps of a stage in a temporary run folder; log their peak memory and rate beside the estimate.
+    """Take three steps of a stage in a temporary run folder; log their peak memory, their rate, and the estimate.
 
     All ranks must call it, within `stage_lock`. The memory is that of rank 0.
     """

@@ -1,4 +1,4 @@
-"""A probe of a stage: three real steps, and their memory and rate beside the estimate."""
+"""A probe of a stage: three real steps, and their memory and rate, with the estimate."""
 
 from __future__ import annotations
 
