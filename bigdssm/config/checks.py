@@ -337,7 +337,6 @@ def _check_negatives(name: StageName, stage: StageConfig, config: Config) -> Non
         (negatives.in_batch or not over_all, f"{key}.in_batch", False, f"true for {loss.name}, over the whole batch"),
         (has_negatives, f"{key}.hard", negatives.hard, "at least 1 if in_batch is false"),
         (over_all or not negatives.uniform, f"{key}.uniform", negatives.uniform, f"{unsupported} uniform negatives"),
-        (over_all or not negatives.popular, f"{key}.popular", negatives.popular, f"{unsupported} popular negatives"),
         (
             bool(data.exclude_seen) or not needs_seen, f"{key}.mask", negatives.mask,
             "none or batch with data.exclude_seen=false: a user's earlier items may be negatives",
@@ -386,7 +385,6 @@ def _check_catalogue_columns(name: StageName, stage: StageConfig, config: Config
         (f"{name}.loss.direction", loss.direction, "q2d", "a document without a query has no term in its column"),
         (f"{name}.sampling.name", stage.sampling.name, "none", once),
         (f"{name}.negatives.uniform", negatives.uniform, 0, once),
-        (f"{name}.negatives.popular", negatives.popular, 0, once),
         (f"{name}.negatives.hard", negatives.hard, 0, once),
         ("data.webdataset", data.webdataset or "none", "none", "rows that contain their documents have no catalogue"),
         ("model.doc.dropout", model.doc.dropout, 0.0, same),

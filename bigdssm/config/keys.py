@@ -385,8 +385,6 @@ class NegativesConfig:
     columns: Literal["batch", "catalogue"] = "batch"
     # For losses over all columns: documents per step drawn uniformly from the catalogue, as extra columns.
     uniform: int = bounded(0, 0, MAX_ROWS)
-    # For losses over all columns: documents per step drawn in proportion to their train positives, as extra columns.
-    popular: int = bounded(0, 0, MAX_ROWS)
     # Documents that are masked as negatives: batch: positives of the same query id, on any rank; user: also the items
     # of its sequence up to its latest row; past: exactly the items before the query; none: only its positive; auto:
     # batch, or none with data.exclude_seen=false. With a condition in data.exclude_seen, of events that match it.

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
         CountedFrequency,
         StreamingFrequency,
         apply_sampling,
-        drawn_weights,
         sample_uniform,
-        sample_weighted,
     )
 
 __all__ = [
@@ -56,7 +54,6 @@ __all__ = [
     "apply_sampling",
     "batch_kl",
     "contrastive_loss",
-    "drawn_weights",
     "fps_loss",
     "matryoshka_loss",
     "norm_penalty",
@@ -66,7 +63,6 @@ __all__ = [
     "register_sampling",
     "relevance_weight",
     "sample_uniform",
-    "sample_weighted",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -82,8 +78,7 @@ __getattr__, __dir__ = lazy_attributes(
             "relevance_weight",        ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
         "bigdssm.losses.sampling": [
-            "CountedFrequency", "StreamingFrequency", "apply_sampling", "drawn_weights", "sample_uniform",
-            "sample_weighted",
+            "CountedFrequency", "StreamingFrequency", "apply_sampling", "sample_uniform",
         ],
     },
 )  # fmt: skip

@@ -43,17 +43,15 @@ class CountedFrequency:
     The counts are moved to the device of the first requested documents; a lookup reads only those documents' counts.
 
     On average, num_columns of the global batch follow the data distribution; num_uniform are drawn uniformly from the
-    catalogue, and num_popular in proportion to the counts, both without `undrawn` documents. Source: Yang et al. 2020
-    (mixed negative sampling), eq. 4, times the number of columns.
+    catalogue without `undrawn` documents. Source: Yang et al. 2020 (mixed negative sampling), eq. 4, times the number
+    of columns.
     """
 
     counts: Tensor
     num_columns: float
     num_uniform: int = 0
-    num_popular: int = 0
     undrawn: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64: documents
     total: Tensor = field(init=False)  # of all documents, float64
-    drawn_total: float = field(init=False)
 
     def __post_init__(self) -> None:
         """Sum the counts in chunks, without a second copy of them. Raises: LossInputError."""
@@ -61,7 +59,6 @@ class CountedFrequency:
         if bool(torch.stack([(part < 0).any() for part in parts]).any()):
             raise LossInputError("counts hold negative values")
         self.total = torch.stack([part.double().clamp(min=1).sum() for part in parts]).sum()
-        self.drawn_total = float(drawn_weights(self.counts.numpy(), self.undrawn).sum()) if self.num_popular else 1.0
 
     def log_expected(self, documents: Tensor) -> Tensor:
         """Return log c float64 [n] of `documents` (catalogue rows)."""
@@ -69,26 +66,12 @@ class CountedFrequency:
             self.counts, self.total = self.counts.to(documents.device), self.total.to(documents.device)
         counts = self.counts[documents].double()
         uniform = self.num_uniform / (self.counts.shape[0] - len(self.undrawn))
-        popular = self.num_popular / self.drawn_total * counts
-        return (self.num_columns * counts.clamp(min=1) / self.total + uniform + popular).log()
+        return (self.num_columns * counts.clamp(min=1) / self.total + uniform).log()
 
 
 def sample_uniform(num: int, num_documents: int, generator: torch.Generator) -> Tensor:
     """Draw catalogue rows int64 [num], uniform with replacement: extra columns for mixed negative sampling."""
     return torch.randint(num_documents, (num,), generator=generator)
-
-
-def drawn_weights(counts: np.ndarray, undrawn: np.ndarray) -> np.ndarray:
-    """Return the counts [num_documents] as weights of draws, 0 for `undrawn` documents."""
-    weights = counts.copy()
-    weights[undrawn] = 0
-    return weights
-
-
-def sample_weighted(num: int, cumulative: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Draw catalogue rows int64 [num] with replacement, by the `cumulative` sums of weights [num_documents]."""
-    points = torch.rand(num, generator=generator, dtype=torch.float64).numpy() * cumulative[-1]
-    return np.minimum(np.searchsorted(cumulative, points, "right"), len(cumulative) - 1)
 
 
 @dataclass

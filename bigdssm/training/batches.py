@@ -22,7 +22,7 @@ from bigdssm.features.ragged import Ragged
 from bigdssm.loader.batch import Batch, Collator, as_tensor, uploaded_batches
 from bigdssm.loader.plain_stream import PlainStream
 from bigdssm.loader.stream import PairStream, RowStream
-from bigdssm.losses import drawn_weights, sample_uniform, sample_weighted
+from bigdssm.losses import sample_uniform
 from bigdssm.losses.declarations import BatchDistillation, ListDistillation
 from bigdssm.models.embedding_tables import table_name, tables_of_features
 from bigdssm.retrieval.embed import DocumentVectors
@@ -34,7 +34,8 @@ from bigdssm.training.objective import catalogue_share
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
 # keys that separate these random draws from the stream's
-_UNIFORM, _POPULAR, _DROPPED = 0x756E69666F726D, 0x706F70756C6172, 0x64726F70706564
+_UNIFORM = 0x756E69666F726D
+_DROPPED = 0x64726F70706564
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,6 @@ class BatchBuilder:
             items = {str(history.of) for history in histories_of(dataset.schema.query).values()}
             of_items = {table_name("doc", name) for name in items}
             self._dropped = tables_of_features(dataset.schema, {*tables, *of_items})
-        is_weighted = stage.negatives.popular > 0
-        self._cumulative = drawn_weights(stream.doc_weights(), self.undrawn).cumsum() if is_weighted else None
         # read before loader processes start, which then share their pages
         self._since = negatives.since
         self._doc_ids = dataset.catalogue.doc_ids if stage.negatives.mask in ("user", "past") else None
@@ -153,17 +152,12 @@ class BatchBuilder:
 
     def drawn(self, step: int) -> np.ndarray | None:
         """Return this rank's share of the documents drawn in a step, which do not depend on the number of ranks."""
-        draws = []
-        if self._config.uniform:
-            generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
-            number = self._dataset.catalogue.num_docs - len(self.undrawn)
-            numbers = sample_uniform(self._config.uniform, number, generator).numpy()
-            draws.append(candidate_rows(numbers[self._rank :: self._world_size], self.undrawn))
-        if self._cumulative is not None:
-            generator = torch.Generator().manual_seed(derive_key(self._seed, _POPULAR, step))
-            documents = sample_weighted(self._config.popular, self._cumulative, generator)
-            draws.append(documents[self._rank :: self._world_size])
-        return np.concatenate(draws) if draws else None
+        if not self._config.uniform:
+            return None
+        generator = torch.Generator().manual_seed(derive_key(self._seed, _UNIFORM, step))
+        number = self._dataset.catalogue.num_docs - len(self.undrawn)
+        numbers = sample_uniform(self._config.uniform, number, generator).numpy()
+        return candidate_rows(numbers[self._rank :: self._world_size], self.undrawn)
 
 
 def drop_ids(batch: Batch, dropped: Iterable[tuple[str, str, str]], key: int, share: float) -> Batch:

@@ -57,7 +57,7 @@ def check_stage(config: Config, name: StageName, world_size: int, resume: bool =
     if shards is not None:  # no catalogue
         find_shards(shards)
         reason = f"{shards} stores documents with their queries, without a catalogue"
-        for kind in ("hard", "uniform", "popular"):
+        for kind in ("hard", "uniform"):
             if count := getattr(stage.negatives, kind):
                 raise ConfigError(f"{name}.negatives.{kind}: got {count}, needs 0: {reason}")
         if isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts":

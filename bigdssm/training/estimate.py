@@ -217,8 +217,8 @@ def estimate(
     stage = config.stage(name)
     dataset = dataset.with_rules(replace(dataset.rules, item_rows=config.model.query.history.items != "id"))
     stream = row_stream(config, stage, dataset, rank=0, world_size=world_size)
-    drawn = {kind: -(-getattr(stage.negatives, kind) // world_size) for kind in ("uniform", "popular")}
-    share = replace(stage, negatives=replace(stage.negatives, **drawn), distillation=None)
+    drawn = -(-stage.negatives.uniform // world_size)
+    share = replace(stage, negatives=replace(stage.negatives, uniform=drawn), distillation=None)
     negatives = None
     if stage.negatives.hard:  # in place of mined ones
         negatives = UniformNegatives(NegativeDocuments(dataset.catalogue.num_docs))

@@ -61,11 +61,10 @@ class Objective:
         self._scalar_beta = model.beta == "scalar"
         self._without_beta = self._scalar_beta and stage.loss.relative
         self._tile, self._operand = tile, operand
-        uniform, popular = stage.negatives.uniform, stage.negatives.popular
         self._counted = (
             None
             if doc_counts is None
-            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, uniform, popular, undrawn)
+            else CountedFrequency(torch.from_numpy(doc_counts), queries_per_step, stage.negatives.uniform, undrawn)
         )
         sampling = stage.sampling
         self._sampling = sampling if isinstance(sampling, FrequencyCorrection) else None

@@ -27,7 +27,7 @@ from .test_growth import append_day2
 from .test_training import assert_same_curve, stop_after
 
 SHARDED = ("model.tables.sharding=rows", "pretrain.table_optimizer={name: sgd, lr: 0.5}")
-DRAWN = (*SHARDED, "pretrain.negatives.popular=9", "model.tables.id_dropout=0.1")
+DRAWN = (*SHARDED, "pretrain.negatives.uniform=9", "model.tables.id_dropout=0.1")
 
 
 @pytest.fixture(scope="module")

@@ -341,7 +341,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ),
         ("pretrain.loss={name: pair_ce, direction: both}", ["unknown key pretrain.loss.direction", "pair_ce has"]),
         ("pretrain={loss: {name: pair_ce}, negatives: {uniform: 9}}", ["pretrain.negatives.uniform", "9"]),
-        ("pretrain={loss: {name: pair_ce}, negatives: {popular: 9}}", ["pretrain.negatives.popular: got 9, needs 0"]),
         ("pretrain.loss.mask_history=true", ["mask_history"]),
         (
             "pretrain={negatives: {columns: catalogue}, loss: {name: softmax}}",
@@ -358,10 +357,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         (
             "pretrain={negatives: {columns: catalogue, uniform: 9}}",
             ["pretrain.negatives.uniform: got 9, needs 0"],
-        ),
-        (
-            "pretrain={negatives: {columns: catalogue, popular: 9}}",
-            ["pretrain.negatives.popular: got 9, needs 0"],
         ),
         (
             "sft={negatives: {columns: catalogue, hard: 3}}",

@@ -80,7 +80,7 @@ def batches(
         start_step=start_step, window_blocks=2,
     )  # fmt: skip
     mask = "batch" if dataset.sequences is None else "user"
-    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, popular=5, mask=mask))
+    stage = StageConfig(loss=Softmax(), negatives=NegativesConfig(hard=3, uniform=7, mask=mask))
     negatives = UniformNegatives(NegativeDocuments(dataset.catalogue.num_docs))
     return read_batches(stream, BatchBuilder(stream, stage, 5, negatives), CPU, num)
 

@@ -19,11 +19,9 @@ from bigdssm.losses import (
     LossInputError,
     StreamingFrequency,
     apply_sampling,
-    drawn_weights,
     norm_penalty,
     relevance_weight,
     sample_uniform,
-    sample_weighted,
 )
 from bigdssm.losses.declarations import Classic, Corrected
 
@@ -80,15 +78,14 @@ def test_expected_columns_from_counts() -> None:
 
 
 def test_drawn_documents_are_expected_as_often_as_they_are_drawn() -> None:
-    """Uniform and popular draws together; withdrawn documents and those without a positive are in batches alone."""
+    """Withdrawn documents are in batches alone."""
     counts, withdrawn, steps = np.array([6.0, 0, 3, 11, 1]), np.array([3]), 4000
-    frequency = CountedFrequency(torch.from_numpy(counts), 0, num_uniform=8, num_popular=30, undrawn=withdrawn)
-    cumulative, generator = drawn_weights(counts, withdrawn).cumsum(), torch.Generator().manual_seed(0)
-    popular = np.bincount(sample_weighted(30 * steps, cumulative, generator), minlength=5)
-    uniform = np.bincount(candidate_rows(sample_uniform(8 * steps, 4, generator).numpy(), withdrawn), minlength=5)
+    frequency = CountedFrequency(torch.from_numpy(counts), 0, num_uniform=8, undrawn=withdrawn)
+    drawn = candidate_rows(sample_uniform(8 * steps, 4, torch.Generator().manual_seed(0)).numpy(), withdrawn)
+    uniform = np.bincount(drawn, minlength=5)
     expected = frequency.log_expected(torch.tensor([0, 1, 2, 4])).exp()
-    assert popular[[1, 3]].tolist() == [0, 0] and uniform[3] == 0
-    np.testing.assert_allclose((popular + uniform)[[0, 1, 2, 4]] / steps, expected, rtol=0.05)
+    assert uniform[3] == 0
+    np.testing.assert_allclose(uniform[[0, 1, 2, 4]] / steps, expected, rtol=0.05)
 
 
 def test_counts_are_added_up_once() -> None:

@@ -99,8 +99,8 @@ def test_relevance_is_an_indicator_or_a_weight() -> None:
 
 def test_the_sampling_correction_applies_to_all_columns_or_to_negatives() -> None:
     counts = torch.tensor(COUNTS).double()
-    expected = (20 * counts.clamp(min=1) / 101 + 6 / N + 9 * counts / 100).log()
-    corrections, drawn = (Classic(gamma=0.5), Corrected(gamma=0.5)), NegativesConfig(uniform=6, popular=9)
+    expected = (20 * counts.clamp(min=1) / 101 + 6 / N).log()
+    corrections, drawn = (Classic(gamma=0.5), Corrected(gamma=0.5)), NegativesConfig(uniform=6)
     classic, corrected = (loss(stage(sampling=kind, negatives=drawn)) for kind in corrections)
     assert classic == pytest.approx(fps(beta=BETA - 0.5 * expected), rel=1e-12)
     assert corrected == pytest.approx(fps(neg_bias=LOG_COPIES - 0.5 * expected), rel=1e-12)

@@ -102,7 +102,7 @@ def test_the_work_of_a_step_does_not_depend_on_the_catalogue() -> None:
     work = []
     for num_documents in (CATALOGUE, 1000 * CATALOGUE):
         counts = np.lib.stride_tricks.as_strided(np.ones(1), (num_documents,), (0,))  # in 8 bytes
-        stage = StageConfig(sampling=Corrected(), negatives=NegativesConfig(uniform=8, popular=8))
+        stage = StageConfig(sampling=Corrected(), negatives=NegativesConfig(uniform=8))
         objective = Objective(stage, MODEL, None, counts, 24.0)
         engine, batch = PlainEngine(), share_of(0, 1, 0)
         with Reads() as reads:
