@@ -51,16 +51,15 @@ section lint ruff check bigdssm launch tools tests
 section format ruff format --check bigdssm launch tools tests
 mypy & # uses one core: beside the first tests
 mypy=$!
-tests() { # name, selection, folder, pytest's further options
-    local name=$1 selected=$2 folder=$3
-    shift 3
-    section "$name" pytest -q -rfEs --timeout "$timeout_s" --durations 5 "$@" -m "$selected" "tests/$folder"
+tests() { # name, selection, pytest's further arguments
+    local name=$1 selected=$2
+    shift 2
+    section "$name" pytest -q -rfEs --timeout "$timeout_s" --durations 5 -m "($selection) and $selected" "$@"
 }
-tests "unit, tools" "$selection" unit tests/tools -n auto --dist worksteal
+# One call, so that workers start, import and wait for the last test once.
+tests tests "not alone" -n auto --dist worksteal tests
 section types wait "$mypy"
-tests distributed "$selection" distributed -n auto --dist worksteal
-tests e2e "($selection) and not alone" e2e -n auto --dist worksteal
-tests "e2e, alone" "($selection) and alone" e2e
+tests "tests, alone" alone tests/e2e
 
 say "summary"
 printf '%s\n' "${summary[@]}" "$(printf '%-14s %-6s %4d s' total "" $SECONDS)"
