@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bigdssm.config.checks import check_config
 from bigdssm.config.components import STAGES
 from bigdssm.config.keys import Config
-from bigdssm.config.removed import check_removed_keys, without_former_defaults
+from bigdssm.config.removed import check_removed_keys, former_defaults_in, without_former_defaults
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.components import EACH, REGISTRY, default_of, keys_of, literal, read_fields, section_of
@@ -66,6 +66,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist; --config takes a YAML file such as those in configs/")
     content = read_yaml(path, "the sections run, data, model, …")
+    for key in former_defaults_in(cast(dict[str, Any], OmegaConf.to_container(content))):
+        section, _, name = key.rpartition(".")
+        del OmegaConf.select(content, section)[name]
     changed = overridden(content, overrides, Config)
     _check_removed_keys(path, OmegaConf.to_container(changed))
     changes = _parsed(overrides)

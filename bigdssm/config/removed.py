@@ -1,7 +1,8 @@
 """Config keys of earlier versions, which this version has no longer.
 
-A written config (of a run, a checkpoint or a model folder) has every key, also those at their defaults. A removed key
-at its former default is dropped from it. Any other value, and any in a user's file, is refused with the alternative.
+A written config (of a run, a checkpoint or a model folder) has every key, also those at their defaults, and may be
+given as --config again. A removed key at its former default is therefore dropped from any file. Any other value, and
+any on the command line, is refused with the alternative.
 """
 
 import copy
@@ -68,13 +69,20 @@ def check_removed_keys(content: Mapping[str, Any]) -> None:
         raise ConfigError(f"{key}: got {value!r:.80}, needs no such key, which was removed: {removed.alternative}")
 
 
+def former_defaults_in(content: Mapping[str, Any]) -> list[str]:
+    """Return the removed keys that the plain content of a config has at their former defaults."""
+    return [key for key, removed, section in _removed_in(content) if section[key.rpartition(".")[2]] == removed.default]
+
+
 def without_former_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain content of a written config without removed keys at their former defaults."""
+    """Return the plain content of a config without removed keys at their former defaults."""
     remaining = copy.deepcopy(dict(content))
-    for key, removed, section in list(_removed_in(remaining)):
-        name = key.rpartition(".")[2]
-        if section[name] == removed.default:
-            del section[name]
+    for key in former_defaults_in(content):
+        *sections, name = key.split(".")
+        section = remaining
+        for part in sections:
+            section = section[part]
+        del section[name]
     return remaining
 
 

