@@ -12,7 +12,6 @@ from bigdssm.features import Text, TextTokenizer
 from bigdssm.features.canonical import columns_of_values
 from bigdssm.features.tokenizer import prompts_in
 from bigdssm.models import Values
-from bigdssm.models.encoders.pretrained import pretrained_encoder
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
 from bigdssm.retrieval.reranking import Texts
 from bigdssm.utils.log import Progress, no_progress
@@ -34,6 +33,8 @@ class PretrainedEncoder:
 
         Raises ConfigError: `folder` holds no such encoder and tokenizer.
         """
+        from bigdssm.models.encoders.pretrained import pretrained_encoder  # late: transformers takes seconds
+
         check_encoder(folder)
         self._encoder = pretrained_encoder(str(folder)).eval()
         self.precision = encode_in(self._encoder, precision)

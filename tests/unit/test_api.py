@@ -120,8 +120,9 @@ def test_importing_brings_no_torch_and_takes_no_time() -> None:
     assert min(took) < 0.3
 
 
-def test_serving_a_model_without_texts_imports_no_transformers() -> None:
-    modules = [f"bigdssm.commands.{name}" for name in ("search", "serve", "recommend", "replay")]
+def test_commands_of_a_model_without_texts_import_no_transformers() -> None:
+    names = ("search", "serve", "recommend", "replay", "evaluate", "report", "compare_models", "mine_negatives")
+    modules = [f"bigdssm.commands.{name}" for name in names]
     script = (
         f"import sys, bigdssm.serving.app, {', '.join(modules)}; print({{'torch', 'transformers'}} & set(sys.modules))"
     )
