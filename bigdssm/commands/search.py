@@ -8,10 +8,10 @@
 
 --user loads features and events of a user from the dataset, --text sets feature values, --history appends events
 (document keys or titles, oldest first); --document uses a document as the query. Seen documents are excluded unless the
-model's data.exclude_seen is false; --seen overrides it. With --rerank K
-the cross-encoder of --reranker re-ranks the top K.
---request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model without
-histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score, key, title.
+model's data.exclude_seen is false; --seen overrides it. With --rerank K the cross-encoder of --reranker re-ranks the
+top K. --request reads the JSON request of the server (docs/serving.md). --data is required for a filter with a model
+without histories, and if the dataset has been moved since training. --out writes the documents as CSV: rank, score,
+key, title.
 """
 
 import argparse

@@ -64,14 +64,13 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
 
 def check_removed_keys(content: Mapping[str, Any]) -> None:
     """Raise ConfigError if the plain content of a config has a removed key."""
-    for key, removed, section in _removed_in(content):
-        value = section[key.rpartition(".")[2]]
+    for key, removed, value in _removed_in(content):
         raise ConfigError(f"{key}: got {value!r:.80}, needs no such key, which was removed: {removed.alternative}")
 
 
 def former_defaults_in(content: Mapping[str, Any]) -> list[str]:
     """Return the removed keys that the plain content of a config has at their former defaults."""
-    return [key for key, removed, section in _removed_in(content) if section[key.rpartition(".")[2]] == removed.default]
+    return [key for key, removed, value in _removed_in(content) if value == removed.default]
 
 
 def without_former_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,12 +85,12 @@ def without_former_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
     return remaining
 
 
-def _removed_in(content: Mapping[str, Any]) -> Iterator[tuple[str, RemovedKey, dict[str, Any]]]:
-    """Yield every removed key in a config, with the section that contains it."""
+def _removed_in(content: Mapping[str, Any]) -> Iterator[tuple[str, RemovedKey, Any]]:
+    """Yield every removed key in a config, with its value."""
     for key, removed in REMOVED_KEYS.items():
         *sections, name = key.split(".")
         section: Any = content
         for part in sections:
             section = section.get(part) if isinstance(section, dict) else None
         if isinstance(section, dict) and name in section:
-            yield key, removed, section
+            yield key, removed, section[name]

@@ -21,7 +21,6 @@ from bigdssm.models import QueryPositions, SideSize
 from bigdssm.utils.device import to_device
 
 T = TypeVar("T")
-SIDES = ("query", "doc")
 
 Features = dict[str, Tensor]
 """The features of one side by name, one tensor row per query or document, see `Feature.array`.

@@ -13,19 +13,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from bigdssm.checkpoints.model_folder import ModelFolder, fetch_from_hub, load_model_folder
-from bigdssm.features import Column, Feature
+from bigdssm.features import Feature
 from bigdssm.features.canonical import columns_of_values
-from bigdssm.models import Values
 from bigdssm.retrieval.embed import (
     document_vectors,
     encode_columns,
     query_vectors,
 )
 from bigdssm.utils.arguments import checked
-
-Columns = Mapping[str, Column]
-EncodeSide = Callable[[nn.Module, Mapping[str, Values]], Tensor]
-"""Computes the vectors of one side with the model, such as `query_vectors`."""
 
 
 @dataclass(frozen=True)

