@@ -117,7 +117,7 @@ class OptimizerConfig(Component):
 
     whole_tensors: ClassVar[bool] = False  # requires unsharded parameters: ZeRO 1 to 3 provide flat partitions
 
-    name: str = MISSING  # adamw; muon, for matrices, with AdamW for the rest (engine.zero_stage=0); or a registered one
+    name: str = MISSING  # adamw, or a registered one
     # None: 1e-3, or 5e-5 with a pretrained text encoder (without adapters).
     lr: float | None = bounded(None, 0, 10, resume="segment")
     embedding_lr_ratio: float = bounded(1.0, 0, 1_000_000)  # learning rate of embedding tables over lr

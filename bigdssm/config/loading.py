@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bigdssm.config.checks import check_config
 from bigdssm.config.components import STAGES
 from bigdssm.config.keys import Config
-from bigdssm.config.removed import check_removed_keys, former_defaults_in, without_former_defaults
+from bigdssm.config.removed import check_removed, former_defaults_in, without_former_defaults
 from bigdssm.errors import ConfigError
 from bigdssm.utils.arguments import checked
 from bigdssm.utils.components import EACH, REGISTRY, default_of, keys_of, literal, read_fields, section_of
@@ -43,7 +43,7 @@ def config_from(source: Path, content: Any) -> Config:
     """Return the validated Config of a plain container, such as a written config. Raises ConfigError with `source`."""
     if isinstance(content, dict):
         content = without_former_defaults(content)
-        _check_removed_keys(source, content)
+        _check_removed(source, content)
     config = to_dataclass(source, Config, content)
     check_config(config)
     return config
@@ -70,7 +70,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         section, _, name = key.rpartition(".")
         del OmegaConf.select(content, section)[name]
     changed = overridden(content, overrides, Config)
-    _check_removed_keys(path, OmegaConf.to_container(changed))
+    _check_removed(path, OmegaConf.to_container(changed))
     changes = _parsed(overrides)
     for stage in STAGES:  # a rate on the command line is that of this command, also where it continues a model
         ratio = f"{stage}.optimizer.continue_lr_ratio"
@@ -79,10 +79,10 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return to_dataclass(path, Config, changed)
 
 
-def _check_removed_keys(source: Path, content: Any) -> None:
-    """Raise ConfigError with `source` if a config has a key of an earlier version."""
+def _check_removed(source: Path, content: Any) -> None:
+    """Raise ConfigError with `source` if a config has a key or value of an earlier version."""
     try:
-        check_removed_keys(content)
+        check_removed(content)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

@@ -1,15 +1,18 @@
-"""Config keys of earlier versions, which this version has no longer.
+"""Config keys of earlier versions, and values of keys, which this version has no longer.
 
 A written config (of a run, a checkpoint or a model folder) has every key, also those at their defaults, and may be
 given as --config again. A removed key at its former default is therefore dropped from any file. Any other value, and
-any on the command line, is refused with the alternative.
+any on the command line, is refused with the alternative. So is the removed name of a component, unless a plugin has
+registered one of that name.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from bigdssm.config.components import OPTIMIZERS, STAGES
 from bigdssm.errors import ConfigError
+from bigdssm.utils.components import Registry
 
 
 class RemovedKey(NamedTuple):
@@ -17,6 +20,15 @@ class RemovedKey(NamedTuple):
 
     default: Any  # its former default, which this version computes without the key
     alternative: str  # why it was removed, and what replaces it
+
+
+class RemovedValue(NamedTuple):
+    """A value of a key, which the key has no longer."""
+
+    key: str
+    value: str
+    alternative: str  # why it was removed, and what replaces it
+    registry: Registry[Any]  # of the components that the key names
 
 
 _STALE_TEXTS = RemovedKey(
@@ -60,12 +72,28 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
         ),
     ),
 }
+REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
+    RemovedValue(f"{stage}.{key}", value, alternative, registry)
+    for stage in STAGES
+    for key, value, alternative, registry in (
+        (
+            "optimizer.name",
+            "muon",
+            "no measurement showed a gain over adamw; write adamw, or register an optimizer (docs/extending.md)",
+            OPTIMIZERS,
+        ),
+    )
+)
 
 
-def check_removed_keys(content: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the plain content of a config has a removed key."""
+def check_removed(content: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the plain content of a config has a removed key or value."""
     for key, removed, value in _removed_in(content):
         raise ConfigError(f"{key}: got {value!r:.80}, needs no such key, which was removed: {removed.alternative}")
+    for entry in REMOVED_VALUES:
+        section, name = _section_of(content, entry.key)
+        if section.get(name) == entry.value and entry.value not in entry.registry.names():
+            raise ConfigError(f"{entry.key}: got {entry.value}, which was removed: {entry.alternative}")
 
 
 def former_defaults_in(content: Mapping[str, Any]) -> list[str]:
@@ -88,9 +116,15 @@ def without_former_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
 def _removed_in(content: Mapping[str, Any]) -> Iterator[tuple[str, RemovedKey, Any]]:
     """Yield every removed key in a config, with its value."""
     for key, removed in REMOVED_KEYS.items():
-        *sections, name = key.split(".")
-        section: Any = content
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
-        if isinstance(section, dict) and name in section:
+        section, name = _section_of(content, key)
+        if name in section:
             yield key, removed, section[name]
+
+
+def _section_of(content: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
+    """Return the section of a dotted key, empty if it is absent, and the key's name in it."""
+    *sections, name = key.split(".")
+    section: Any = content
+    for part in sections:
+        section = section.get(part) if isinstance(section, dict) else None
+    return (section if isinstance(section, dict) else {}), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from bigdssm.config import OPTIMIZERS, OptimizerConfig
 from bigdssm.utils.components import bounded
@@ -35,27 +35,6 @@ class AdamW(OptimizerConfig):
     def state_of(self, group: str) -> tuple[str, ...]:
         """Return the names of both moments."""
         return ("exp_avg", "exp_avg_sq")
-
-
-@register_optimizer
-@dataclass(frozen=True)
-class Muon(AdamW):
-    """Muon (Jordan 2024) for matrices, AdamW for other parameters; needs engine.zero_stage=0."""
-
-    whole_tensors: ClassVar[bool] = True
-
-    name: str = "muon"
-    momentum: float = bounded(0.95, 0, below=1)
-
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build both as one optimizer."""
-        from bigdssm.training.muon import MuonAndAdamW
-
-        return MuonAndAdamW(groups, self.momentum, super().build)
-
-    def state_of(self, group: str) -> tuple[str, ...]:
-        """Return the name of Muon's momentum for matrices, else those of AdamW's moments."""
-        return ("momentum_buffer",) if group == "matrices" else super().state_of(group)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

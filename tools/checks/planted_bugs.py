@@ -886,7 +886,7 @@ BUGS = [
         " if value == removed.default", "",
         f"{UNIT}/config/test_removed.py::test_another_value_in_a_written_config_is_refused"),
     Bug("refusals", "removed_keys_have_no_alternative", "config.loading:read_config",
-        "_check_removed_keys(path, OmegaConf.to_container(changed))", "pass",
+        "_check_removed(path, OmegaConf.to_container(changed))", "pass",
         f"{UNIT}/config/test_removed.py::test_a_command_line_has_no_removed_key"),
     Bug("refusals", "no_similar_key_suggested", "utils.components:read_fields",
         "{has}{meant}\")", "{has}\")",

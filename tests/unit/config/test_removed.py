@@ -15,7 +15,7 @@ import bigdssm
 from bigdssm.checkpoints.checkpoint import MANIFEST
 from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.config import Config, config_from, load_config, load_written_config
-from bigdssm.config.removed import REMOVED_KEYS, without_former_defaults
+from bigdssm.config.removed import REMOVED_KEYS, REMOVED_VALUES, RemovedValue, check_removed, without_former_defaults
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.models import new_model
@@ -152,6 +152,35 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(tiny_pairs: TinyDataset, 
     ends = (tmp_path / name / "pretrain" / "checkpoints" / "step-00000004" for name in ("current", "begun"))
     first, second = (load_checkpoint_model(path).model.state_dict() for path in ends)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("removed", REMOVED_VALUES, ids=lambda removed: f"{removed.key}-{removed.value}")
+def test_a_removed_value_is_refused_with_its_alternative(
+    removed: RemovedValue, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a written config and on the command line; a plugin may have a component of that name."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(with_key(config, removed.key, removed.value)))
+    expected = f"{path}: {removed.key}: got {removed.value}, which was removed: {removed.alternative}"
+    for read in (load_written_config, load_config):
+        with pytest.raises(ConfigError) as refused:
+            read(path)
+        assert str(refused.value) == expected
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, [f"{removed.key}={removed.value}"])
+    assert str(refused.value) == expected
+    assert removed.value not in removed.registry.names()
+    monkeypatch.setitem(removed.registry.classes, removed.value, type(section_at(config, removed.key)))
+    check_removed(with_key(config, removed.key, removed.value))
+
+
+def section_at(config: Config, key: str) -> Any:
+    """Return the component whose name is the dotted `key`."""
+    section: Any = config
+    for part in key.split(".")[:-1]:
+        section = getattr(section, part)
+    return section
 
 
 def test_removed_keys_are_no_keys() -> None:

@@ -90,7 +90,7 @@ def test_the_shipped_configs_name_the_schema_and_are_valid(
     "override",
     [
         "pretrain.steps=${run.seed}", "sft=${pretrain}", "pretrain.optimizer=${sft.optimizer}",
-        "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={momentum: 0.9, name: muon}",
+        "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={eps: 1e-6, name: adamw}",
         "engine.loss_tile=null",
         "pretrain.optimizer.name=${sft.optimizer.name}", "model.score=${run.dir}", "data.lanes=8.0", "sft=null",
         "sft.distillation=null", "sft.distillation={name: kl, temperature: 2}",
