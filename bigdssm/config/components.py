@@ -73,7 +73,7 @@ class LossConfig(StageComponent):
 class SamplingConfig(StageComponent):
     """A correction of scores for the sampling of in-batch documents in proportion to their popularity (logQ)."""
 
-    name: str = MISSING  # auto, none, classic, corrected, or a registered one
+    name: str = MISSING  # auto, none, corrected, or a registered one
 
     def resolve(self, stage: Any, data: Any) -> SamplingConfig:
         """Return the correction of a stage; `auto` depends on the stage's other keys."""

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bigdssm.config.components import OPTIMIZERS, STAGES
+from bigdssm.config.components import OPTIMIZERS, SAMPLINGS, STAGES
 from bigdssm.errors import ConfigError
 from bigdssm.utils.components import Registry
 
@@ -81,6 +81,12 @@ REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
             "muon",
             "no measurement showed a gain over adamw; write adamw, or register an optimizer (docs/extending.md)",
             OPTIMIZERS,
+        ),
+        (
+            "sampling.name",
+            "classic",
+            "no measurement on real data showed a gain; write corrected, which leaves the positive's score as it is",
+            SAMPLINGS,
         ),
     )
 )

@@ -189,18 +189,6 @@ class AutoCorrection(FrequencyCorrection):
 
 @register_sampling
 @dataclass(frozen=True)
-class Classic(FrequencyCorrection):
-    """β − γ log c in all training scores, including the positive's. Source: Yi et al. 2019, eq. 4."""
-
-    name: str = "classic"
-
-    def shares(self, correction: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the correction as an addition to beta."""
-        return correction, None
-
-
-@register_sampling
-@dataclass(frozen=True)
 class Corrected(FrequencyCorrection):
     """−γ log c on negatives only: a positive is not sampled by chance. Source: arXiv 2507.09331."""
 

@@ -3,11 +3,10 @@
 With c_j the expected number of columns of the global batch that hold document j:
 
     none        the score learns log p(d|q) − log q(d), where q(d) is the document's share in the data
-    classic     beta_j −= γ log c_j in all training scores, including the positive's
     corrected   neg_bias_j −= γ log c_j on negatives only, since a positive is not sampled by chance
 
-The serving score is not corrected. c is computed from the catalogue's counts or from a streaming estimate. In `classic`
-a constant factor of c cancels; in `corrected` it does not, so c must be a number of columns and not a share.
+The serving score is not corrected. c is computed from the catalogue's counts or from a streaming estimate. A constant
+factor of c does not cancel, so c must be a number of columns and not a share.
 """
 
 from dataclasses import dataclass, field

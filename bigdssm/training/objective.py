@@ -1,6 +1,6 @@
 """The loss of a stage: weights, sampling correction, masks, distillation and norm penalty.
 
-The logQ correction applies to negatives only (`corrected`) or to every column (`classic`); the serving score has none.
+The logQ correction of `corrected` applies to negatives only; the serving score has none.
 
 Shapes: m queries, n document columns.
 """

@@ -189,7 +189,7 @@ TEXT_CONFIG: dict[str, Any] = {
     "pretrain": {
         "rows_global": 60,
         "steps": 6,
-        "sampling": {"name": "classic"},
+        "sampling": {"name": "corrected"},
         "log_every_steps": 1,
     },
 }
@@ -201,7 +201,7 @@ FINE_TUNING = {
         "sft.loss.name=softmax", "sft.negatives.in_batch=true", "sft.sampling.name=corrected",
         "sft.sampling.frequency=streaming", "sft.negatives.mask=user",
     ),
-    "fps, mined columns": ("sft.loss.name=fps", "sft.negatives.in_batch=true", "sft.sampling.name=classic"),
+    "fps, mined columns": ("sft.loss.name=fps", "sft.negatives.in_batch=true", "sft.sampling.name=corrected"),
 }  # fmt: skip
 QUICK = ("pair_ce, mined", "fps, mined columns")
 

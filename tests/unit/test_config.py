@@ -234,7 +234,7 @@ def test_defaults_follow_the_encoder_and_the_pretraining(path: Path) -> None:
         ("loss: {name: fps}", "corrected"),
         ("loss: {name: softmax}", "corrected"),
         ("sampling: {name: none}", "none"),
-        ("sampling: {name: classic}", "classic"),
+        ("sampling: {name: corrected}", "corrected"),
         ("negatives: {columns: catalogue}", "none"),
         ("loss: {name: softmax}, negatives: {in_batch: false, hard: 3}", "none"),
         ("loss: {name: pair_ce}", "none"),
@@ -372,7 +372,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             ["sft.sampling", "in_batch=true"],
         ),
         (
-            "pretrain={sampling: {name: classic, frequency_buckets: 0}}",
+            "pretrain={sampling: {name: corrected, frequency_buckets: 0}}",
             ["pretrain.sampling.frequency_buckets", "got 0"],
         ),
         ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),

@@ -78,7 +78,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}"],
     ["STAGE.loss.name=sigmoid", "model.beta=scalar"],
     ["STAGE={sampling: {name: corrected, frequency: streaming, frequency_buckets: 16}}"],
-    ["STAGE={sampling: {name: classic}, negatives: {uniform: 5}, loss: {direction: both}}"],
+    ["STAGE={sampling: {name: corrected}, negatives: {uniform: 5}, loss: {direction: both}}"],
     ["STAGE.loss.widths=[4, 2]", "STAGE.loss.norm_penalty=0.1", "model.score=dot"],
     ["engine.zero_stage=3", "engine.chunk_tokens=40", "engine.keep_graph_tokens=0"],
     ["engine.precision=bf16_pure", "engine.zero_stage=2", "engine.checkpoint_activations=true"],

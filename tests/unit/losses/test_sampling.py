@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bigdssm.config import FrequencyCorrection
 from bigdssm.dataset.catalogue import candidate_rows
 from bigdssm.losses import (
     CountedFrequency,
@@ -23,7 +25,7 @@ from bigdssm.losses import (
     relevance_weight,
     sample_uniform,
 )
-from bigdssm.losses.declarations import Classic, Corrected
+from bigdssm.losses.declarations import Corrected
 
 
 def load_tool() -> Any:
@@ -47,9 +49,8 @@ def world() -> Any:
 
 @pytest.mark.slow
 def test_each_correction_brings_the_gradient_nearer_to_the_full_softmax(world: Any) -> None:
-    none, classic, corrected = (gradient_bias(world, sampling) for sampling in (None, Classic(), Corrected()))
+    none, corrected = (gradient_bias(world, sampling) for sampling in (None, Corrected()))
     half = gradient_bias(world, Corrected(gamma=0.5))
-    assert corrected < classic < none
     assert corrected < half < none
 
 
@@ -60,12 +61,20 @@ def test_uniform_negatives_with_the_mixtures_counts_are_nearer_still(world: Any)
 
 def test_strength_zero_changes_nothing() -> None:
     log_expected = torch.tensor([-1.0, -2.0])
-    assert apply_sampling(Classic(gamma=0.0), log_expected) == (None, None)
+    assert apply_sampling(Corrected(gamma=0.0), log_expected) == (None, None)
+
+
+@dataclass(frozen=True)
+class EveryScore(FrequencyCorrection):
+    """The correction of a plugin, of positives and negatives."""
+
+    def shares(self, correction: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return correction, None
 
 
 def test_corrections_add_to_existing_biases() -> None:
     log_expected, own = torch.tensor([-1.0, -2.0]), torch.tensor([5.0, 7.0])
-    beta, neg_bias = apply_sampling(Classic(gamma=0.5), log_expected, beta=own)
+    beta, neg_bias = apply_sampling(EveryScore(gamma=0.5), log_expected, beta=own)
     assert beta is not None and beta.tolist() == [5.5, 8.0] and neg_bias is None
     beta, neg_bias = apply_sampling(Corrected(), log_expected, neg_bias=own)
     assert neg_bias is not None and neg_bias.tolist() == [6.0, 9.0] and beta is None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bigdssm.config import LossConfig, ModelConfig, NegativesConfig, StageConfig
+from bigdssm.config import FrequencyCorrection, LossConfig, ModelConfig, NegativesConfig, StageConfig
 from bigdssm.loader.batch import Batch
 from bigdssm.losses import (
     FPS,
@@ -24,7 +24,7 @@ from bigdssm.losses import (
     fps_loss,
     ranking_loss,
 )
-from bigdssm.losses.declarations import Classic, Corrected, NoCorrection
+from bigdssm.losses.declarations import Corrected, NoCorrection
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 
@@ -97,12 +97,20 @@ def test_relevance_is_an_indicator_or_a_weight() -> None:
     assert loss(stage()) != pytest.approx(fps(weight=RELEVANCE), rel=1e-3)
 
 
+@dataclass(frozen=True)
+class EveryScore(FrequencyCorrection):
+    """The correction of a plugin, of positives and negatives."""
+
+    def shares(self, correction: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return correction, None
+
+
 def test_the_sampling_correction_applies_to_all_columns_or_to_negatives() -> None:
     counts = torch.tensor(COUNTS).double()
     expected = (20 * counts.clamp(min=1) / 101 + 6 / N).log()
-    corrections, drawn = (Classic(gamma=0.5), Corrected(gamma=0.5)), NegativesConfig(uniform=6)
-    classic, corrected = (loss(stage(sampling=kind, negatives=drawn)) for kind in corrections)
-    assert classic == pytest.approx(fps(beta=BETA - 0.5 * expected), rel=1e-12)
+    corrections, drawn = (EveryScore(gamma=0.5), Corrected(gamma=0.5)), NegativesConfig(uniform=6)
+    of_all, corrected = (loss(stage(sampling=kind, negatives=drawn)) for kind in corrections)
+    assert of_all == pytest.approx(fps(beta=BETA - 0.5 * expected), rel=1e-12)
     assert corrected == pytest.approx(fps(neg_bias=LOG_COPIES - 0.5 * expected), rel=1e-12)
 
 
