@@ -258,7 +258,6 @@ def _check_stage(name: StageName, config: Config) -> None:
     is_trained = documents.model is None
     of_age = age_of(data.doc) is not None
     fit = len(set(widths)) == len(widths) and all(width < model.dim for width in widths)
-    has_norms = loss.norm_penalty == 0 or model.score != "cosine"
     require_all(
         (stage.steps > 0 or stage.epochs > 0, f"{name}.epochs", stage.epochs, "above 0 if steps is 0"),
         (stage.init is None or bool(stage.init.strip()), f"{name}.init", repr(stage.init), "a folder, or null"),
@@ -281,7 +280,6 @@ def _check_stage(name: StageName, config: Config) -> None:
             not (widths and of_age), f"{key}.widths", list(widths),
             "none with a feature of data.doc of type age: its dimensions are the last ones",
         ),
-        (has_norms, f"{key}.norm_penalty", loss.norm_penalty, "0: model.score=cosine has norms 1"),
         (
             loss.relative or model.beta == "scalar", "model.beta", model.beta,
             f"scalar if {key}.name is {loss.name}",

@@ -43,8 +43,6 @@ class LossConfig(StageComponent):
     # Matryoshka: further widths, below model.dim, that vectors can be truncated to. None: no further widths; in sft
     # those of the pretraining.
     widths: tuple[int, ...] | None = bounded(None, 1, MAX_WIDTH)
-    # Weight of the mean squared norms of both towers' vectors, for model.score=dot.
-    norm_penalty: float = bounded(0.0, 0, 1_000_000)
     # Positions with a learned bias of the pairs shown there, in the loss alone; later ones have the last. 0: none.
     position_bias: int = bounded(0, 0, 10_000)
     position_bias_lr: float = bounded(0.05, 0, 10)  # its learning rate, by Adam; follows the stage's schedule

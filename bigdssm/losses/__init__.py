@@ -10,7 +10,6 @@ if TYPE_CHECKING:
         contrastive_loss,
         fps_loss,
         matryoshka_loss,
-        norm_penalty,
         ranking_loss,
         relevance_weight,
     )
@@ -56,7 +55,6 @@ __all__ = [
     "contrastive_loss",
     "fps_loss",
     "matryoshka_loss",
-    "norm_penalty",
     "ranking_loss",
     "register_distillation",
     "register_loss",
@@ -74,7 +72,7 @@ __getattr__, __dir__ = lazy_attributes(
         ],
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],
         "bigdssm.losses.contrastive": [
-            "LossOutput", "contrastive_loss", "fps_loss", "matryoshka_loss", "norm_penalty", "ranking_loss",
+            "LossOutput", "contrastive_loss", "fps_loss", "matryoshka_loss", "ranking_loss",
             "relevance_weight",        ],
         "bigdssm.losses.inputs": ["LossBatch", "LossInputError"],
         "bigdssm.losses.sampling": [

@@ -408,24 +408,6 @@ def relevance_weight(relevance: Tensor, kind: Literal["indicator", "relevance"])
     return weight.to(relevance.dtype if relevance.is_floating_point() else torch.float32)
 
 
-def norm_penalty(vectors: Tensor, counts: Tensor | None = None, group: Group | None = None) -> Tensor:
-    """Compute the mean squared norm of the vectors [rows, D] of all ranks, a penalty for `score: dot`.
-
-    counts [rows]: number of vectors merged into each row; the value does not depend on which ranks merged them. The
-    scale is that of the losses: the same value on every rank, and the mean of the gradients over ranks is the global
-    gradient.
-    """
-    squares = vectors.float().pow(2).sum(1) if vectors.dtype == torch.bfloat16 else vectors.pow(2).sum(1)
-    weight = torch.ones_like(squares) if counts is None else counts.to(squares.dtype)
-    local_sum = (squares * weight).sum()
-    sums = torch.stack([local_sum.detach().double(), weight.sum().double()])
-    distributed.all_reduce(sums, "sum", group)
-    factor = torch.where(sums[1] > 0, distributed.world_size(group) / sums[1], 0.0)
-    share = local_sum * factor.to(local_sum.dtype)
-    # value: the global mean; gradient: that of `share`
-    return share + (torch.where(sums[1] > 0, sums[0] / sums[1], 0.0).to(local_sum.dtype) - share.detach())
-
-
 def matryoshka_loss(
     loss: Callable[[Tensor, Tensor], LossOutput], U: Tensor, W: Tensor, widths: Sequence[int], normalize: bool
 ) -> LossOutput:

@@ -1,4 +1,4 @@
-"""The loss of a stage: weights, sampling correction, masks, distillation and norm penalty.
+"""The loss of a stage: weights, sampling correction, masks and distillation.
 
 The logQ correction of `corrected` applies to negatives only; the serving score has none.
 
@@ -25,7 +25,6 @@ from bigdssm.losses import (
     apply_sampling,
     contrastive_loss,
     matryoshka_loss,
-    norm_penalty,
     relevance_weight,
 )
 from bigdssm.losses.contrastive import SharedColumns
@@ -79,19 +78,14 @@ class Objective:
 
         Must be called once per step: it updates the streaming estimate of frequencies, even if the step is skipped.
         """
-        loss = self._loss
-        weight = relevance_weight(batch.relevance, loss.weight)
+        weight = relevance_weight(batch.relevance, self._loss.weight)
         output = self._on_vectors(encoded, batch, weight)
         if self._position_bias is not None:
             output = replace(output, stats={**output.stats, "position_bias": self._position_bias.range()})
         if self._sampling is not None and self._sampling.gamma > 0:  # it would be of corrected scores
             stats = {name: value for name, value in output.stats.items() if name != "in_batch_accuracy"}
             output = replace(output, stats=stats)
-        if loss.norm_penalty == 0:
-            return output
-        assert encoded.U is not None and encoded.W is not None
-        norms = norm_penalty(encoded.U) + norm_penalty(encoded.W, batch.counts)
-        return replace(output, loss=output.loss + loss.norm_penalty * norms)
+        return output
 
     def step(self, applied: bool, lr_factor: float) -> None:
         """Update the weights of the loss itself, unless the step is skipped; a collective."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import LossConfig
-from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, norm_penalty, ranking_loss
+from bigdssm.losses import PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss
 
 from . import reference
 from .interpreted import fused_fps
@@ -86,11 +86,6 @@ def test_kernels_give_the_same_bits_again(direction: str) -> None:
 def test_ranking(loss: LossConfig, dtype: torch.dtype, tolerance: float) -> None:
     shard = batch(dtype, "negatives")
     check(partial(ranking_loss, loss, in_batch=True), shard, reference.ranking(loss, [shard], 20.0, True), tolerance)
-
-
-def test_norm_penalty() -> None:
-    vectors = torch.randn(20, 4)
-    assert float(norm_penalty(vectors.to(DEVICE))) == pytest.approx(float(norm_penalty(vectors)), rel=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["q2d", "both"])

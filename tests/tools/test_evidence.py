@@ -30,6 +30,7 @@ from tools.evidence.stored import StoredTrial, pack_ranks, read_trials, with_fin
 ROOT = Path(__file__).resolve().parents[2]
 EARLIER_CELLS = {  # by claim: cells whose figures are of an earlier version of the package
     "interaction": ("early, from scratch", "early, from FPS", "early, from FPS, 100 re-ranked"),
+    "score": ("dot, norm penalty .001", "dot, norm penalty .01"),
 }
 CLAIM: dict[str, Any] = {
     "claim": "a is more than b",

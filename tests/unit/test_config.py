@@ -375,7 +375,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             "pretrain={sampling: {name: corrected, frequency_buckets: 0}}",
             ["pretrain.sampling.frequency_buckets", "got 0"],
         ),
-        ("pretrain.loss.norm_penalty=0.1", ["pretrain.loss.norm_penalty", "score=cosine"]),
         (
             "sft={loss: {name: pair_ce, position_bias: 3},"
             " negatives: {in_batch: true, hard: 3, mining: {file: x.npy}}}",
@@ -397,7 +396,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.optimizer.lr=-1", ["pretrain.optimizer.lr", "at least 0"]),
         ("pretrain.optimizer.betas=[0.9, 1.0]", ["pretrain.optimizer.betas", "1.0"]),
         ("sft.optimizer.gradient_clipping=-1", ["sft.optimizer.gradient_clipping", "at least 0"]),
-        ("pretrain.loss.norm_penalty=-1", ["pretrain.loss.norm_penalty", "at least 0"]),
+        ("pretrain.loss.position_bias_lr=-1", ["pretrain.loss.position_bias_lr", "at least 0"]),
         ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
         ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
         ("sft.loss.name=sigmoid", ["model.beta", "got none", "needs scalar", "sft.loss.name"]),

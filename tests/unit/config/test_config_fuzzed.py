@@ -79,7 +79,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["STAGE.loss.name=sigmoid", "model.beta=scalar"],
     ["STAGE={sampling: {name: corrected, frequency: streaming, frequency_buckets: 16}}"],
     ["STAGE={sampling: {name: corrected}, negatives: {uniform: 5}, loss: {direction: both}}"],
-    ["STAGE.loss.widths=[4, 2]", "STAGE.loss.norm_penalty=0.1", "model.score=dot"],
+    ["STAGE.loss.widths=[4, 2]", "model.score=dot"],
     ["engine.zero_stage=3", "engine.chunk_tokens=40", "engine.keep_graph_tokens=0"],
     ["engine.precision=bf16_pure", "engine.zero_stage=2", "engine.checkpoint_activations=true"],
     ["model.dim=8", "model.doc.embedding_dim=8", "model.query.residual=history"],

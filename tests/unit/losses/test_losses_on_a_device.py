@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigdssm.losses import PairCE, Softmax, fps_loss, norm_penalty, ranking_loss
+from bigdssm.losses import PairCE, Softmax, fps_loss, ranking_loss
 from bigdssm.losses.kernels.columns import strip_rows
 from tests import simgpu
 from tests.distributed.reference import Shard, make_shards
@@ -156,14 +156,6 @@ def test_operations_of_a_fine_tuning_loss(name: str) -> None:
     assert not device.mixed and not device.uploads
     assert sum(device.waits.values()) <= 6, device.waits
     assert sum(name == "all_gather" for name, _, _ in device.collectives) == 2
-
-
-def test_a_norm_penalty_has_no_wait() -> None:
-    with simgpu.ranks(8), simgpu.Device() as device:
-        vectors = device.put(torch.randn(20, 4)).requires_grad_()
-        device.reset()
-        norm_penalty(vectors).backward()  # type: ignore[no-untyped-call]
-    assert not device.waits and not device.uploads
 
 
 def test_operations_of_a_device_are_counted() -> None:

@@ -21,7 +21,6 @@ from bigdssm.losses import (
     LossInputError,
     StreamingFrequency,
     apply_sampling,
-    norm_penalty,
     relevance_weight,
     sample_uniform,
 )
@@ -177,9 +176,3 @@ def test_relevance_weights() -> None:
     for bad in (-1.0, math.nan):
         with pytest.raises(LossInputError, match="relevance holds NaN"):
             relevance_weight(torch.tensor([1.0, bad]), "relevance")
-
-
-def test_norm_penalty_is_the_mean_squared_norm() -> None:
-    vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    assert float(norm_penalty(vectors)) == 12.5
-    assert float(norm_penalty(vectors, torch.tensor([3, 1]))) == 0.75 * 25  # the first row counts three times

@@ -114,12 +114,6 @@ def test_the_sampling_correction_applies_to_all_columns_or_to_negatives() -> Non
     assert corrected == pytest.approx(fps(neg_bias=LOG_COPIES - 0.5 * expected), rel=1e-12)
 
 
-def test_the_norm_penalty_is_the_mean_over_queries_and_over_unmerged_documents() -> None:
-    documents = float((W.pow(2).sum(1) * COLUMN_COUNTS).sum() / COLUMN_COUNTS.sum())
-    penalty = float(U.pow(2).sum(1).mean()) + documents
-    assert loss(stage(FPS(norm_penalty=0.25))) == pytest.approx(fps() + 0.25 * penalty, rel=1e-12)
-
-
 @pytest.mark.parametrize("kind", [FPS, Softmax])
 def test_masks_of_known_pairs(kind: type[LossConfig]) -> None:
     """Rows 0 and 3 have one query id; documents 101 and 102 precede row 2, 101 precedes row 3."""
