@@ -152,7 +152,7 @@ class TableOptimizerConfig(Component):
     keys, registered in TABLE_OPTIMIZERS.
     """
 
-    name: str = MISSING  # rowwise_adagrad, adagrad, sgd, lazy_adam, or a registered one
+    name: str = MISSING  # rowwise_adagrad, lazy_adam, or a registered one
     lr: float = bounded(0.05, 0, 1000, resume="segment")
 
     @abstractmethod

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bigdssm.config.components import OPTIMIZERS, SAMPLINGS, STAGES
+from bigdssm.config.components import OPTIMIZERS, SAMPLINGS, STAGES, TABLE_OPTIMIZERS
 from bigdssm.errors import ConfigError
 from bigdssm.utils.components import Registry
 
@@ -96,6 +96,18 @@ REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
             "classic",
             "no measurement on real data showed a gain; write corrected, which leaves the positive's score as it is",
             SAMPLINGS,
+        ),
+        (
+            "table_optimizer.name",
+            "adagrad",
+            "no measurement showed a gain of a state per number; write rowwise_adagrad, with a state per row",
+            TABLE_OPTIMIZERS,
+        ),
+        (
+            "table_optimizer.name",
+            "sgd",
+            "no measurement showed a gain over the others; write rowwise_adagrad, or register one (docs/extending.md)",
+            TABLE_OPTIMIZERS,
         ),
     )
 )

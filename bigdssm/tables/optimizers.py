@@ -38,40 +38,6 @@ class RowwiseAdagrad(TableOptimizerConfig):
 
 @register_table_optimizer
 @dataclass(frozen=True)
-class Adagrad(TableOptimizerConfig):
-    """Adagrad with a state per number (Duchi et al. 2011)."""
-
-    name: str = "adagrad"
-    eps: float = bounded(1e-8, 1e-30, 1)
-
-    def state_widths(self, dim: int) -> dict[str, int]:
-        """Return as many numbers as a row has."""
-        return {"square": dim}
-
-    def update(self, rows: Tensor, gradients: Tensor, states: dict[str, Tensor], lr: float, step: int) -> None:
-        """Update rows and states in place."""
-        square = states["square"].addcmul_(gradients, gradients)
-        rows.addcdiv_(gradients, square.sqrt().add_(self.eps), value=-lr)
-
-
-@register_table_optimizer
-@dataclass(frozen=True)
-class Sgd(TableOptimizerConfig):
-    """Gradient descent without state."""
-
-    name: str = "sgd"
-
-    def state_widths(self, dim: int) -> dict[str, int]:
-        """Return no state."""
-        return {}
-
-    def update(self, rows: Tensor, gradients: Tensor, states: dict[str, Tensor], lr: float, step: int) -> None:
-        """Update rows in place."""
-        rows.add_(gradients, alpha=-lr)
-
-
-@register_table_optimizer
-@dataclass(frozen=True)
 class LazyAdam(TableOptimizerConfig):
     """Adam whose moments change only with their row, as torch.optim.SparseAdam."""
 

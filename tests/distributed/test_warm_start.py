@@ -13,7 +13,7 @@ from bigdssm import distributed
 from bigdssm.config import TablesConfig, WarmStartConfig, load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.models import new_model
-from bigdssm.tables.optimizers import Adagrad
+from bigdssm.tables.optimizers import RowwiseAdagrad
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training import warm_start
 from bigdssm.training.warm_start import initialize_item_embeddings
@@ -44,7 +44,7 @@ def sharded(rank: int, world_size: int, config_file: Path) -> np.ndarray:
     config = load_config(config_file)
     dataset = Dataset.open(config.data.dir)
     model = new_model(replace(config.model, tables=TablesConfig("rows")), dataset.schema, dataset.vocab_size)
-    tables = ShardedTables(list(model.tables.sharded.values()), Adagrad(), 0)
+    tables = ShardedTables(list(model.tables.sharded.values()), RowwiseAdagrad(), 0)
     rows = torch.arange(model.tables.sharded["doc_item_id"].rows)
     initial = tables.look_up("doc_item_id", rows)
     initialize_item_embeddings(model, dataset, WarmStartConfig(window=3), tables)

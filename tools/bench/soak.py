@@ -135,7 +135,7 @@ def make_dataset(out: Path, steps: int, tables: bool) -> Path:
         word = {"type": "categorical", "hash_buckets": 2**40}  # without a vocabulary
         content["data"]["doc"] = {**content["data"]["doc"], "word": word}
         content["model"] = {**CONFIG["model"], "tables": {"sharding": "rows", "admit_after": 2, "evict_after": 12}}
-        content["pretrain"]["table_optimizer"] = {"name": "adagrad", "lr": 0.05}
+        content["pretrain"]["table_optimizer"] = {"name": "lazy_adam", "lr": 0.01}
     path = out / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     pairs = PairTables((out / "pairs.jsonl",), validation_fraction=0.05, test_fraction=0.05)

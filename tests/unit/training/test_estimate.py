@@ -146,7 +146,7 @@ def test_memory_of_the_host_is_counted_apart(tiny_pairs: TinyDataset) -> None:
         offloaded.resident[name]
         for name in ("float32 copy of the weights", "optimizer's states", "gradients on the host")
     )
-    sharded = ("model.tables.sharding=rows", "pretrain.table_optimizer.name=sgd")
+    sharded = ("model.tables.sharding=rows", "pretrain.table_optimizer.name=rowwise_adagrad")
     assert of(tiny_pairs, *sharded).host_bytes == 0
     on_host = of(tiny_pairs, *sharded, "engine.table_memory=host")
     assert on_host.host_bytes == on_host.resident["rows of sharded tables, and their states"] > 0
