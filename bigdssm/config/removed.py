@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from bigdssm.config.components import OPTIMIZERS, SAMPLINGS, STAGES, TABLE_OPTIMIZERS
+from bigdssm.config.keys import HISTORY_BLOCKS
 from bigdssm.errors import ConfigError
 from bigdssm.utils.components import Registry
+
+TOWERS = ("model.query", "model.doc")
 
 
 class RemovedKey(NamedTuple):
@@ -82,34 +85,45 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
     ),
 }
 REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
-    RemovedValue(f"{stage}.{key}", value, alternative, registry)
-    for stage in STAGES
-    for key, value, alternative, registry in (
+    RemovedValue(f"{section}.{key}", value, alternative, registry)
+    for sections, key, value, alternative, registry in (
         (
+            STAGES,
             "optimizer.name",
             "muon",
             "no measurement showed a gain over adamw; write adamw, or register an optimizer (docs/extending.md)",
             OPTIMIZERS,
         ),
         (
+            STAGES,
             "sampling.name",
             "classic",
             "no measurement on real data showed a gain; write corrected, which leaves the positive's score as it is",
             SAMPLINGS,
         ),
         (
+            STAGES,
             "table_optimizer.name",
             "adagrad",
             "no measurement showed a gain of a state per number; write rowwise_adagrad, with a state per row",
             TABLE_OPTIMIZERS,
         ),
         (
+            STAGES,
             "table_optimizer.name",
             "sgd",
             "no measurement showed a gain over the others; write rowwise_adagrad, or register one (docs/extending.md)",
             TABLE_OPTIMIZERS,
         ),
+        (
+            TOWERS,
+            "history.block",
+            "hstu",
+            "only figures of other projects showed a gain; write gated or lowpass (docs/measurements.md)",
+            HISTORY_BLOCKS,
+        ),
     )
+    for section in sections
 )
 
 

@@ -260,36 +260,3 @@ class RootMeanSquareNorm(nn.Module):
         """Return […, E] for […, E]."""
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
         return x * (1 / (size + self.EPS)) * self.weight
-
-
-class HstuBlock(nn.Module):
-    """HSTU layer: attention weights SiLU(score) in place of a softmax, and an output gated by U.
-
-    The sum is divided by the number of attended positions, where the authors divide by the longest history: padding
-    then changes nothing, and the following norm removes the scale either way. Source: Zhai et al. 2024 (HSTU),
-    eq. 1 to 3.
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.attended_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        # Two halves of one linear layer: the last block applies (U, Q) at the newest position only.
-        self.gate_query, self.key_value = nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
-        self.output = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, memory: Tensor, context: AttentionContext) -> Tensor:
-        """Return [R, A, E] for `x` [R, A, E] at the query positions, attending over `memory` [R, T, E]."""
-        normed = self.norm(x)
-        normed_memory = normed if memory is x else self.norm(memory)
-        gate, query = nn.functional.silu(self.gate_query(normed)).chunk(2, dim=2)
-        key, value = nn.functional.silu(self.key_value(normed_memory)).chunk(2, dim=2)
-        q, k, v = (split_heads(part, self.heads) for part in (query, key, value))
-        attended = context.apply_masked(_pointwise, q, k, v) / (context.query_position + 1).unsqueeze(-1)
-        return x + self.output(self.dropout(gate * self.attended_norm(attended)))
-
-
-def _pointwise(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    scores = q @ k.transpose(2, 3)
-    return nn.functional.silu(scores + additive_mask(mask, scores.dtype)) @ v

@@ -72,24 +72,6 @@ class LowPass(Sasrec):
         return LowPassBlock(dim, self.heads, self.feedforward, self.dropout, self.filter_share, self.filter_decay)
 
 
-@register_block
-@dataclass(frozen=True)
-class Hstu(HistoryEncoderConfig):
-    """Attention by SiLU in place of a softmax, its output gated, and no feed-forward layer (Zhai et al. 2024)."""
-
-    softmax_attention: ClassVar[bool] = False
-
-    block: str = "hstu"
-    positions: Literal["relative"] = "relative"
-    times: Literal["none"] = "none"
-
-    def build(self, dim: int) -> nn.Module:
-        """Return HSTU's layer."""
-        from bigdssm.models.blocks import HstuBlock
-
-        return HstuBlock(dim, self.heads, self.dropout)
-
-
 @register_text_encoder
 @dataclass(frozen=True)
 class Transformer(TextEncoderConfig):

@@ -56,7 +56,7 @@ PLACES = QueryPositions(torch.tensor([0, 0, 0, 2, 2, 3, 4, 5, 5]), torch.tensor(
         ("query", None, {"positions": "age"}),
         ("query", PLACES, {"positions": "rotary", "times": "rotary", "block": "gated"}),
         ("query", None, {"positions": "relative", "block": "gated"}),
-        ("query", PLACES, {"positions": "relative", "block": "hstu"}),
+        ("query", PLACES, {"positions": "relative", "block": "gated"}),
         ("query", PLACES, {"positions": "relative", "block": "lowpass"}),
     ],
 )

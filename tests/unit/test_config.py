@@ -19,7 +19,7 @@ from bigdssm.config import OPTIMIZERS, Config, config_of, first_difference, load
 from bigdssm.config.loading import load_written_config, overridden, read_config
 from bigdssm.errors import ConfigError
 from bigdssm.losses import Triplet
-from bigdssm.models.declarations import Hstu
+from bigdssm.models.declarations import LowPass
 from bigdssm.training.optimizers import AdamW
 from bigdssm.utils.components import bounded
 
@@ -530,14 +530,17 @@ def test_an_optimizer_has_keys_of_its_own(
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("model.query.history={block: hstu, feedforward: 2}", "unknown key model.query.history.feedforward: hstu has "),
         (
-            "model.query.history={block: hstu, positions: age}",
-            "model.query.history.positions: got 'age', needs one of relative",
+            "model.query.history={block: gated, filter_share: 1}",
+            "unknown key model.query.history.filter_share: gated has",
+        ),
+        (
+            "model.query.history={block: lowpass, positions: far}",
+            "model.query.history.positions: got 'far', needs one of age, ",
         ),
         (
             "model.query.history.block=lstm",
-            "model.query.history.block: got lstm, needs one of sasrec, gated, lowpass, hstu, or",
+            "model.query.history.block: got lstm, needs one of sasrec, gated, lowpass, or",
         ),
         (
             "model.doc.text.type=bag",
@@ -555,8 +558,8 @@ def test_an_optimizer_has_keys_of_its_own(
     ],
 )
 def test_blocks_and_text_encoders_have_keys_of_their_own(path: Path, override: str, reason: str) -> None:
-    hstu = load_config(path, ["model.query.history.block=hstu"]).model.query.history
-    assert hstu == Hstu() and hstu.positions == "relative"
+    lowpass = load_config(path, ["model.query.history.block=lowpass"]).model.query.history
+    assert lowpass == LowPass() and lowpass.filter_share == 0.7
     with pytest.raises(ConfigError, match=re.escape(reason)):
         load_config(path, [override])
 

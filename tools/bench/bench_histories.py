@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument(
-        "--block", choices=("gated", "sasrec", "lowpass", "hstu"), default="gated", help=f"block type {default}"
+        "--block", choices=("gated", "sasrec", "lowpass"), default="gated", help=f"block type {default}"
     )
     parser.add_argument(
         "--positions",
@@ -88,10 +88,9 @@ def compare(args: argparse.Namespace) -> str:
 
 def tower(args: argparse.Namespace) -> DualEncoder:
     """Return a model with a history as the query."""
-    wide = {} if args.block == "hstu" else {"feedforward": 4}
     block = {"block": args.block, "positions": args.positions, "times": args.times}
-    block |= {"layers": 2, "heads": 2, "item_scale": True}
-    history = HISTORY_BLOCKS.read("", block | wide)
+    block |= {"layers": 2, "heads": 2, "item_scale": True, "feedforward": 4}
+    history = HISTORY_BLOCKS.read("", block)
     config = ModelConfig(
         dim=args.width, score="dot", query=TowerConfig(residual="history", mlp=(), history=history),
         doc=TowerConfig(residual="item", mlp=(), embedding_dim=args.width),

@@ -238,7 +238,7 @@ def histories(bench: Bench, args: argparse.Namespace) -> None:
     """Time query towers over packed and padded histories, on one rank."""
     if bench.world_size > 1:
         return
-    for block, positions in (("gated", "relative"), ("lowpass", "relative"), ("hstu", "relative"), ("gated", "rotary")):
+    for block, positions in (("gated", "relative"), ("lowpass", "relative"), ("gated", "rotary")):
         command = [sys.executable, str(ROOT / "tools/bench/bench_histories.py"), "--block", block]
         command += ["--positions", positions, "--precision", "bf16", "--device", args.device]
         command += ["--rows", "16" if bench.small else "1024"]

@@ -86,7 +86,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["model.dim=8", "model.doc.text.hidden=8", "model.doc.residual=title", "model.share_text=true"],
     ["model.query.mlp=[]", "model.doc.mlp=[]", "model.doc.numeric_dim=1"],
     ["model.query.history={block: lowpass, positions: relative, filter_share: 0.4, filter_decay: 0.5}"],
-    ["model.query.history={block: hstu, positions: relative, layers: 2}", "engine.checkpoint_activations=true"],
+    ["model.query.history={block: gated, positions: relative, layers: 2}", "engine.checkpoint_activations=true"],
     ["model.query.history={block: gated, positions: rotary, item_scale: true}", "engine.precision=bf16"],
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],

@@ -516,7 +516,7 @@ def test_onnx_scores_as_the_trainer(
 @pytest.mark.parametrize(
     ("block", "positions"),
     [
-        ("hstu", "relative"),
+        ("gated", "relative"),
         ("gated", "rotary"),
         ("sasrec", "absolute"),
         ("lowpass", "relative"),

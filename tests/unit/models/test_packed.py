@@ -199,7 +199,7 @@ def test_packed_histories_are_padded_ones(block: str, positions: str, layers: in
 
 GROUPED = pytest.mark.parametrize(
     ("block", "positions"),
-    [("gated", "relative"), ("sasrec", "relative"), ("hstu", "relative"), ("gated", "rotary"), ("sasrec", "absolute"),
+    [("gated", "relative"), ("sasrec", "relative"), ("gated", "rotary"), ("sasrec", "absolute"),
      ("lowpass", "relative"), ("lowpass", "rotary")],
 )  # fmt: skip
 
@@ -232,7 +232,7 @@ def test_many_queries_of_histories_in_groups(block: str, positions: str, chunk_t
 @pytest.mark.parametrize(
     ("block", "positions", "many", "by"),
     [
-        ("gated", "relative", True, None), ("hstu", "relative", False, None),
+        ("gated", "relative", True, None), ("gated", "relative", False, None),
         ("sasrec", "rotary", True, within_rows), ("gated", "rotary", False, within_rows),
         ("lowpass", "relative", True, None), ("lowpass", "rotary", False, within_rows),
     ],
@@ -248,7 +248,7 @@ def test_requests_over_packed_histories(
 
 @pytest.mark.parametrize(
     ("block", "positions", "by"),
-    [("hstu", "relative", None), ("lowpass", "relative", None), ("sasrec", "rotary", within_rows)],
+    [("gated", "relative", None), ("lowpass", "relative", None), ("sasrec", "rotary", within_rows)],
 )
 def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by: Attention | None) -> None:
     given = sides()
@@ -259,8 +259,7 @@ def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by:
         plan = plan_side(lengths("query"), 6, 9, np.bincount(row), frozenset({"history"}))
         empty = [chunk.runs["history"].last == chunk.runs["history"].first for chunk in plan.chunks]
         assert 1 < sum(empty) < len(empty)
-        options = {"block": block, "positions": positions, "request": tuple(EVENT)}
-        options["times"] = "none" if block == "hstu" else "rotary"
+        options = {"block": block, "positions": positions, "request": tuple(EVENT), "times": "rotary"}
         assert_packed_is_padded("query", 9, QueryPositions(row, seen), by, **options)
 
 
@@ -364,7 +363,7 @@ def test_lists_that_can_be_packed() -> None:
 
     assert packs() == packs(dropout=0.3) == packs(training=False, text_dropout=0.3) == texts | histories
     assert packs(text_dropout=0.3) == histories, "attention has dropout"
-    assert packs(positions="relative") == packs(block="hstu", positions="relative") == texts | histories
+    assert packs(positions="relative") == packs(block="lowpass", positions="relative") == texts | histories
     assert packs(heads=4) == texts | histories, "though the kernel does not take heads of their width"
 
 

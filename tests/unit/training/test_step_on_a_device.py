@@ -72,7 +72,7 @@ class Case:
 
 CASES = [
     Case(frequency="streaming"),
-    Case("hstu", "relative", many=True),
+    Case("gated", "relative", many=True),
     Case("lowpass", "relative", many=True),
     Case("gated", "rotary", kernel=True),
     Case("gated", "rotary", "streaming", kernel=True, many=True),

@@ -57,7 +57,6 @@ MANY = [  # every block with all positions that support many queries per pass
     ),
     ("gated", "none"),
     ("lowpass", "none"),
-    ("hstu", "relative"),
 ]
 ALL = [*MANY, ("sasrec", "age"), ("gated", "age"), ("lowpass", "age")]
 every = pytest.mark.parametrize(("block", "positions"), ALL)
@@ -340,8 +339,7 @@ def test_features_without_positions_are_encoded_once_per_row() -> None:
 
 @every_many
 def test_gradients_are_those_of_finite_differences(block: str, positions: str) -> None:
-    narrow = {} if block == "hstu" else {"feedforward": 1}
-    made = model(block, positions, layers=2, **narrow).double()
+    made = model(block, positions, layers=2, feedforward=1).double()
     encoder = made.query_tower.encoders["history"]
     names = [name for name, _ in encoder.named_parameters()]
     rows, query_positions = (
@@ -375,9 +373,7 @@ def test_the_filter_is_an_exponential_moving_average() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("block", "positions"), [("sasrec", "rotary"), ("gated", "relative"), ("lowpass", "relative"), ("hstu", "relative")]
-)
+@pytest.mark.parametrize(("block", "positions"), [("sasrec", "rotary"), ("gated", "relative"), ("lowpass", "relative")])
 def test_eight_layers_train(block: str, positions: str) -> None:
     """The next item equals the second newest one, so that the task requires positions."""
     made = model(block, positions, layers=8)
@@ -458,15 +454,9 @@ def config(history: HistoryEncoderConfig) -> Config:
     return Config(run=RunConfig(dir="r"), data=data, model=ModelConfig(query=TowerConfig(history=history)))
 
 
-@pytest.mark.parametrize(("block", "positions"), [*ALL, ("hstu", "age"), ("hstu", "absolute"), ("hstu", "rotary")])
+@every
 def test_blocks_and_positions_that_go_together(block: Any, positions: Any) -> None:
-    given = {"block": block, "positions": positions}
-    if (block, positions) in ALL:
-        check_config(config(HISTORY_BLOCKS.read("model.query.history", given)))
-    else:
-        needed = rf"model\.query\.history\.positions: got '{positions}', needs one of relative"
-        with pytest.raises(ConfigError, match=needed):
-            HISTORY_BLOCKS.read("model.query.history", given)
+    check_config(config(HISTORY_BLOCKS.read("model.query.history", {"block": block, "positions": positions})))
 
 
 @pytest.mark.parametrize("positions", ["age", "absolute", "relative", "rotary"])
