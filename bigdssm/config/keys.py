@@ -130,10 +130,8 @@ class DataConfig:
     # Train on the partitions from this one on; none: on all.
     from_partition: str | None = field(default=None, metadata={RESUME: "segment"})
     webdataset: str | None = None  # train on these plain shards (path with {000..009}); `dir` provides everything else
-    # Several datasets or partitions, by weight.
+    # Several datasets or partitions, by weight; each lane of a step has rows of one of them.
     mixture: list[SourceConfig] = field(default_factory=list, metadata={RESUME: "segment"})
-    # One source per lane and step, or per step.
-    mixture_batches: Literal["mixed", "one_source"] = field(default="mixed", metadata={RESUME: "segment"})
     tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:

@@ -76,6 +76,13 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
     "sft.rerank": _RERANK,
     "pretrain.negatives.refresh_every_steps": _STALE_TEXTS,
     "sft.negatives.refresh_every_steps": _STALE_TEXTS,
+    "data.mixture_batches": RemovedKey(
+        default="mixed",
+        alternative=(
+            "no measurement showed a gain of steps with rows of one source; delete the key: each lane of a step has "
+            "rows of one source"
+        ),
+    ),
     "engine.table_cache_rows": RemovedKey(
         default=0,
         alternative=(

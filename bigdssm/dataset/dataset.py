@@ -34,7 +34,6 @@ from bigdssm.dataset.partition import (
     CUT_OFFS,
     PARTITION_CUT_OFFS,
     Extent,
-    MixtureBatches,
     MixturePart,
     Partition,
     SplitIndex,
@@ -170,7 +169,6 @@ class Dataset:
         self._counts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # train positives by partition, with `rules`
         self.rules = EventRules()
         self.sources: tuple[MixturePart, ...] = ()  # of a mixture; empty: a single source
-        self.batches: MixtureBatches = "mixed"  # data.mixture_batches
         self.siblings: tuple[Partition, ...] = ()  # for joined datasets: all their partitions on disk
         self.pickled: tuple[Any, ...] | None = None
         self._whole: Dataset | None = None
@@ -815,10 +813,10 @@ def open_dataset(config: DataConfig, extents: Sequence[Extent] = ()) -> Dataset:
             f"data.visit.gap_s: the sources of data.mixture have times in units of {units[0]:g} s and {units[-1]:g} s; "
             "build all from times in one unit"
         )
-    return join(parts, config.mixture, config.dir, config.mixture_batches).with_rules(EventRules.of(config))
+    return join(parts, config.mixture, config.dir).with_rules(EventRules.of(config))
 
 
-def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str, batches: MixtureBatches) -> Dataset:
+def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: str) -> Dataset:
     """Join datasets; each becomes one MixturePart.
 
     Partitions outside `main_dir` are prefixed by their dataset's name.
@@ -868,8 +866,9 @@ def join(parts: Sequence[Dataset], sources: Sequence[SourceConfig], main_dir: st
         parts[0].header, partitions, files, list(withdrawals.values()), list(item_partitions.values()), extents
     )
     joined.event_folders = tuple(dict.fromkeys(folder for part in parts for folder in part.event_folders))
-    joined.sources, joined.batches, joined.siblings = tuple(mixture), batches, tuple(siblings.values())
-    joined.pickled = (join, (tuple(parts), tuple(sources), main_dir, batches))
+    joined.sources = tuple(mixture)
+    joined.siblings = tuple(siblings.values())
+    joined.pickled = (join, (tuple(parts), tuple(sources), main_dir))
     return joined
 
 

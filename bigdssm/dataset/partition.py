@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,6 @@ INDEX_COLUMNS = {"offset": np.int64, "size": np.int64, "rows": np.int32, "querie
 ROUND_STEPS = 1000  # per lane; the shares of a mixture are exact over these
 CUT_OFFS = ("validation_from", "test_from", "train_from")  # in the `split` of dataset.json, of a split by time
 PARTITION_CUT_OFFS = "cut_offs"  # in partition.json of events: the times at which its splits start, if by time
-MixtureBatches = Literal["mixed", "one_source"]
 
 
 class Leaf(NamedTuple):

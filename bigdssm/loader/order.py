@@ -20,11 +20,7 @@ drop   an epoch has steps_per_epoch = floor(N / rows_global) full steps; the las
 In a mixture, the steps of a lane are divided into rounds of ROUND_STEPS. In each round every source has exactly as many
 steps as its weight requires, in the order of a counter hash, so that the number of a source's earlier steps follows
 without counting from the beginning. In its i-th step in a lane, a source contributes the rows of that lane in step i of
-its own `Order`: each source has separate epochs.
-
-batches
-mixed       every lane draws independently: a step has rows of several sources
-one_source  all lanes draw the same source: a step has rows of one source
+its own `Order`: each source has separate epochs. Lanes draw independently, so a step has rows of several sources.
 """
 
 from collections import OrderedDict
@@ -34,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from bigdssm.dataset.partition import ROUND_STEPS, MixtureBatches
+from bigdssm.dataset.partition import ROUND_STEPS
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.ragged import offsets_of
 from bigdssm.utils.hashing import derive_key, mix64
@@ -169,13 +165,11 @@ _PURPOSE = 0x6D6978  # separates these hashes from those of an order
 class MixedOrder:
     """The plan of a mixture: an `Order` per source, and the source of each step and lane."""
 
-    def __init__(
-        self, orders: Sequence[Order], steps_per_round: Sequence[int], batches: MixtureBatches, seed: int
-    ) -> None:
+    def __init__(self, orders: Sequence[Order], steps_per_round: Sequence[int], seed: int) -> None:
         """`orders` have the same lanes, rows_global, tail and window; `steps_per_round` sums to ROUND_STEPS."""
         first = orders[0]
         self.orders, self.steps_per_round = tuple(orders), tuple(steps_per_round)
-        self.batches, self.seed = batches, seed
+        self.seed = seed
         self.rows_global, self.lanes, self.tail, self.window_blocks = (
             first.rows_global, first.lanes, first.tail, first.window_blocks
         )  # fmt: skip
@@ -188,7 +182,7 @@ class MixedOrder:
     def source_step(self, step: int, lane: int) -> tuple[Order, int]:
         """Return the source order of a lane's rows in a global step, and the step of that order."""
         number, index = divmod(step, ROUND_STEPS)
-        sources, before = self._round(number, lane if self.batches == "mixed" else -1)
+        sources, before = self._round(number, lane)
         source = int(sources[index])
         return self.orders[source], number * self.steps_per_round[source] + int(before[index])
 

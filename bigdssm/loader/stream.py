@@ -392,7 +392,7 @@ class PairStream(RowStream):
                 except DataError as error:
                     raise DataError(f"data.mixture: {source.name} is too small: {error}") from None
             steps = steps_per_round([source.name for source in sources], [source.weight for source in sources])
-            self.order = MixedOrder(orders, steps, self.dataset.batches, seed)
+            self.order = MixedOrder(orders, steps, seed)
             self.queries_per_row = 0.0
             for (lo, hi), count in zip(bounds, steps, strict=True):
                 mean = float(index.queries[lo:hi].sum() / index.rows[lo:hi].sum())
@@ -415,7 +415,7 @@ class PairStream(RowStream):
             names = [source.name for source in self.dataset.sources]
             mixture = {
                 "mixture": [[n, t] for n, t in zip(names, order.steps_per_round, strict=True)],
-                "batches": order.batches,
+                "batches": "mixed",  # as in states of earlier versions, which had others
             }
         return {
             "format": STATE_FORMAT,

@@ -104,7 +104,7 @@ class HardNegativeRefresh:
         config, partitions = self.config, ""
         if config.data.from_partition is not None or config.data.mixture:
             mixture = [(source.name, source.weight) for source in self.dataset.sources]
-            fingerprint = hash64(repr([mixture, config.data.mixture_batches, self.dataset.rows_fingerprint])) % 2**64
+            fingerprint = hash64(repr([mixture, "mixed", self.dataset.rows_fingerprint])) % 2**64
             partitions = f".{fingerprint:016x}"
         mining_step = f".step-{step:08d}" if self._every_steps else ""
         return config.stage_dir(self.name) / f"mined_negatives{partitions}{mining_step}.npy"

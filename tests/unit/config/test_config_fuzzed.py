@@ -89,7 +89,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["model.query.history={block: gated, positions: relative, layers: 2}", "engine.checkpoint_activations=true"],
     ["model.query.history={block: gated, positions: rotary, item_scale: true}", "engine.precision=bf16"],
     ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
-    ["data.mixture=[{weight: 2}, {partitions: [base]}]", "data.mixture_batches=one_source"],
+    ["data.mixture=[{weight: 2}, {partitions: [base]}]"],
 ]  # fmt: skip
 LEFT_ALONE = (
     "data.dir", "data.query", "data.doc", "run.dir", "data.cache_dir", "data.num_workers", "steps",

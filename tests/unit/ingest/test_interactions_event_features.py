@@ -258,7 +258,7 @@ def test_refused_events(tmp_path: Path) -> None:
     make(tmp_path / "other", milliseconds)
     folders = [tmp_path / "out", tmp_path / "other" / "out"]
     with pytest.raises(ConfigError, match=r"the times of events are in units of 1 s and 0\.001 s; build both from"):
-        join([*map(Dataset.open, folders)], [SourceConfig(str(f)) for f in folders], str(folders[0]), "mixed")
+        join([*map(Dataset.open, folders)], [SourceConfig(str(f)) for f in folders], str(folders[0]))
     (tmp_path / "1997").mkdir()
     make(tmp_path / "1997", [{**row, "timestamp": row["timestamp"] * 500} for row in rows])
     assert Dataset.open(tmp_path / "1997" / "out").header.time_unit == 0.001

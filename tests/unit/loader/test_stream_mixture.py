@@ -36,7 +36,7 @@ def mixtures(draw: st.DrawFn) -> Callable[[], MixedOrder]:
     lanes, per_lane = draw(st.integers(1, 8)), draw(st.integers(1, 5))
     weights = draw(st.lists(st.floats(0.01, 1), min_size=1, max_size=4))
     blocks = [draw(st.lists(st.integers(1, 20), min_size=lanes, max_size=20)) for _ in weights]
-    seed, batches = draw(st.integers(0, 2**63)), draw(st.sampled_from(["mixed", "one_source"]))
+    seed = draw(st.integers(0, 2**63))
 
     def make() -> MixedOrder:
         first_rows = np.cumsum([0, *map(sum, blocks)]).tolist()
@@ -44,7 +44,7 @@ def mixtures(draw: st.DrawFn) -> Callable[[], MixedOrder]:
             Order(np.array(b, np.int32), rows_global=lanes * per_lane, lanes=lanes, seed=seed + i, first_row=first)
             for i, (b, first) in enumerate(zip(blocks, first_rows, strict=False))
         ]
-        return MixedOrder(orders, steps_per_round([""] * len(weights), weights), batches, seed)
+        return MixedOrder(orders, steps_per_round([""] * len(weights), weights), seed)
 
     make.weights = weights  # type: ignore[attr-defined]
     return make
@@ -96,11 +96,10 @@ def test_the_order_of_a_mixture_never_changes() -> None:
     sizes = [np.array([100 + 37 * i % 61 for i in range(n)], np.int32) for n in (53, 20)]
     orders = [Order(rows, rows_global=96, lanes=8, seed=i, window_blocks=3) for i, rows in enumerate(sizes)]
     digest = xxhash.xxh3_64()
-    for batches in ("mixed", "one_source"):
-        order = MixedOrder(orders, [700, 300], batches, 5)  # type: ignore[arg-type]
-        for step in [*range(130), 10**6, 10**9]:
-            digest.update(order.row_ids(step).astype("<i8").tobytes())
-    assert digest.hexdigest() == "943a90b4381dee0d"
+    order = MixedOrder(orders, [700, 300], 5)
+    for step in [*range(130), 10**6, 10**9]:
+        digest.update(order.row_ids(step).astype("<i8").tobytes())
+    assert digest.hexdigest() == "f9ebaa53c79fd45c"
 
 
 def test_weights_too_small_for_a_thousandth_are_refused() -> None:
@@ -109,8 +108,8 @@ def test_weights_too_small_for_a_thousandth_are_refused() -> None:
         steps_per_round("ab", [1, 0.0001])
 
 
-def config(folder: Path, *sources: SourceConfig, **more: object) -> DataConfig:
-    return DataConfig(dir=str(folder), mixture=list(sources), **more)  # type: ignore[arg-type]
+def config(folder: Path, *sources: SourceConfig) -> DataConfig:
+    return DataConfig(dir=str(folder), mixture=list(sources))
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +128,8 @@ def day_and_row(row_ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", ["mixed", "one_source"])
-def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str) -> None:
-    dataset = open_dataset(config(days, *WEIGHTED, mixture_batches=batches))
+def test_partitions_by_weight_on_any_ranks_and_workers(days: Path) -> None:
+    dataset = open_dataset(config(days, *WEIGHTED))
     order = PairStream(dataset, **NUMBERS).order
     new = 0
     for world_size, num_workers in [(1, 0), (1, 4), (2, 2), (3, 1), (8, 0)]:
@@ -149,7 +147,6 @@ def test_partitions_by_weight_on_any_ranks_and_workers(days: Path, batches: str)
             assert np.array_equal(together, np.sort(order.row_ids(step)))
             from_new = (together < 300).mean()
             new += from_new
-            assert batches == "mixed" or from_new in (0, 1)
             assert from_new * 8 == int(from_new * 8)  # whole lanes
         for stream in ranks:
             stream.close()
@@ -176,15 +173,14 @@ def test_a_mixture_resumes_from_any_step_on_other_ranks_and_workers(days: Path) 
 
 
 def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
-    def stream(*sources: SourceConfig, **more: object) -> PairStream:
-        return PairStream(open_dataset(config(days, *sources, **more)), **NUMBERS)
+    def stream(*sources: SourceConfig) -> PairStream:
+        return PairStream(open_dataset(config(days, *sources)), **NUMBERS)
 
     new, old = WEIGHTED
     state = stream(*WEIGHTED).state()
     assert state["mixture"] == [["day2", 750], ["day0+day1", 250]]
     for changed, message in [
         (stream(new, replace(old, weight=2)), r"mixture was \[\['day2', 750\], .*\], is \[\['day2', 600\]"),
-        (stream(new, old, mixture_batches="one_source"), "batches was 'mixed', is 'one_source'"),
         (stream(old, new), "mixture was "),
         (stream(new, replace(old, partitions=("day0",))), "partition day1 is missing"),
         (PairStream(days, **NUMBERS), r"mixture was \[.*\], is None"),
@@ -206,14 +202,13 @@ def test_a_changed_mixture_is_refused_by_name(days: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", ["mixed", "one_source"])
-def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path, batches: str) -> None:
+def test_memory_is_bounded_by_lanes_window_and_sources(tmp_path: Path) -> None:
     """One window per lane and source, and one more during loading; independent of partitions and duration."""
     lanes, window, rows_per_block, num_sources = 4, 3, 100, 3
     writer = Writer(tmp_path / "data", rows=12_000, rows_per_block=rows_per_block, interactions=False, text=True)
     writer.write("a", "b", "c")
     sources = [SourceConfig(partitions=(name,), weight=weight) for name, weight in (("a", 5), ("b", 3), ("c", 2))]
-    dataset = open_dataset(config(tmp_path / "data", *sources, mixture_batches=batches))
+    dataset = open_dataset(config(tmp_path / "data", *sources))
     stream = PairStream(dataset, rows_global=64, lanes=lanes, window_blocks=window)
     bytes_per_row = sum(column.nbytes for column in writer.columns(0, 1000, 0).values()) / 1000
     window_bytes = window * rows_per_block * bytes_per_row

@@ -23,7 +23,7 @@ RULES = {
     ),
     "longer": ("pretrain.epochs", "pretrain.steps"),
     "segment": (
-        "data.from_partition", "data.mixture", "data.mixture_batches", "pretrain.optimizer.lr",
+        "data.from_partition", "data.mixture", "pretrain.optimizer.lr",
         "pretrain.table_optimizer.lr", "pretrain.optimizer.continue_lr_ratio",
     ),
 }  # fmt: skip
