@@ -132,7 +132,6 @@ class DataConfig:
     webdataset: str | None = None  # train on these plain shards (path with {000..009}); `dir` provides everything else
     # Several datasets or partitions, by weight; each lane of a step has rows of one of them.
     mixture: list[SourceConfig] = field(default_factory=list, metadata={RESUME: "segment"})
-    tail: Literal["carry", "drop"] = "carry"  # an epoch's last rows that fill no step: carried over, or dropped
 
     def __post_init__(self) -> None:
         for side in FEATURE_SIDES:

@@ -83,6 +83,13 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
             "rows of one source"
         ),
     ),
+    "data.tail": RemovedKey(
+        default="carry",
+        alternative=(
+            "no measurement showed a gain of dropped rows; delete the key: the last rows of an epoch are carried over "
+            "to the next one"
+        ),
+    ),
     "engine.table_cache_rows": RemovedKey(
         default=0,
         alternative=(

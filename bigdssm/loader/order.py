@@ -10,12 +10,9 @@ lane boundaries need the running sum of rows over the permuted blocks anyway, so
 either way: about 0.1 s and 12 MB for 10⁹ rows. The order must not change after a release: a resumed run would read
 other rows (the tests compare golden hashes).
 
-The end of an epoch, `tail`:
-carry  lane l has n_l rows (all lanes together: every row exactly once), and continues with its next epoch within a step
-       if n_l is not a multiple of rows_global / L. No row is dropped. After steps_per_epoch = ceil(N / rows_global)
-       steps every row was read.
-drop   an epoch has steps_per_epoch = floor(N / rows_global) full steps; the last N mod rows_global rows of its order
-       (different ones in each epoch) are dropped, and logged.
+At the end of an epoch, lane l has n_l rows (all lanes together: every row exactly once), and continues with its next
+epoch within a step if n_l is not a multiple of rows_global / L. No row is dropped. After steps_per_epoch =
+ceil(N / rows_global) steps every row was read.
 
 In a mixture, the steps of a lane are divided into rounds of ROUND_STEPS. In each round every source has exactly as many
 steps as its weight requires, in the order of a counter hash, so that the number of a source's earlier steps follows
@@ -26,7 +23,6 @@ its own `Order`: each source has separate epochs. Lanes draw independently, so a
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -35,7 +31,6 @@ from bigdssm.errors import ConfigError, DataError
 from bigdssm.features.ragged import offsets_of
 from bigdssm.utils.hashing import derive_key, mix64
 
-Tail = Literal["carry", "drop"]
 WINDOW_BLOCKS = 16
 
 
@@ -63,7 +58,7 @@ class Order:
     """The plan of a split whose blocks have `rows` rows (int [B])."""
 
     def __init__(
-        self, rows: np.ndarray, *, rows_global: int, lanes: int, seed: int = 0, tail: Tail = "carry",
+        self, rows: np.ndarray, *, rows_global: int, lanes: int, seed: int = 0,
         window_blocks: int = WINDOW_BLOCKS, first_block: int = 0, first_row: int = 0,
     ) -> None:  # fmt: skip
         """`first_block` and `first_row` are offsets of the block numbers and row ids; they do not affect the order.
@@ -72,25 +67,16 @@ class Order:
         """
         if lanes < 1 or rows_global < 1 or rows_global % lanes:
             raise ConfigError(f"rows_global={rows_global} must be a positive multiple of lanes={lanes}")
-        if tail not in ("carry", "drop"):
-            raise ConfigError(f"tail={tail!r} must be 'carry' or 'drop'")
         if window_blocks < 1:
             raise ConfigError(f"window_blocks={window_blocks} must be at least 1")
         self.rows, self.first_row = rows, offsets_of(rows)
         self.num_rows = int(self.first_row[-1])
-        needed = rows_global if tail == "drop" else lanes
-        if self.num_rows < needed:
-            raise DataError(
-                f"the split has {self.num_rows} rows, at least {needed} are needed "
-                f"({'rows_global with tail=drop' if tail == 'drop' else 'one for every lane'})"
-            )
+        if self.num_rows < lanes:
+            raise DataError(f"the split has {self.num_rows} rows, at least {lanes} are needed (one for every lane)")
         self.rows_global, self.lanes, self.seed = rows_global, lanes, seed
-        self.tail, self.window_blocks = tail, window_blocks
+        self.window_blocks = window_blocks
         self.rows_per_lane_step = rows_global // lanes
-        full_steps = self.num_rows // rows_global
-        self.steps_per_epoch = full_steps if tail == "drop" else -(-self.num_rows // rows_global)
-        self.rows_per_epoch = full_steps * rows_global if tail == "drop" else self.num_rows
-        self.rows_dropped_per_epoch = self.num_rows - self.rows_per_epoch
+        self.steps_per_epoch = -(-self.num_rows // rows_global)  # rounded up
         self._first_block, self._first_row_id = first_block, first_row
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
@@ -100,8 +86,6 @@ class Order:
 
     def lane_rows(self, lane: int) -> int:
         """Return the number of a lane's rows in an epoch."""
-        if self.tail == "drop":
-            return self.steps_per_epoch * self.rows_per_lane_step
         return self._lane_start(lane + 1) - self._lane_start(lane)
 
     def ranges(self, step: int, lane: int) -> Iterator[tuple[int, int, int]]:
@@ -166,17 +150,16 @@ class MixedOrder:
     """The plan of a mixture: an `Order` per source, and the source of each step and lane."""
 
     def __init__(self, orders: Sequence[Order], steps_per_round: Sequence[int], seed: int) -> None:
-        """`orders` have the same lanes, rows_global, tail and window; `steps_per_round` sums to ROUND_STEPS."""
+        """`orders` have the same lanes, rows_global and window; `steps_per_round` sums to ROUND_STEPS."""
         first = orders[0]
         self.orders, self.steps_per_round = tuple(orders), tuple(steps_per_round)
         self.seed = seed
-        self.rows_global, self.lanes, self.tail, self.window_blocks = (
-            first.rows_global, first.lanes, first.tail, first.window_blocks
-        )  # fmt: skip
+        self.rows_global = first.rows_global
+        self.lanes = first.lanes
+        self.window_blocks = first.window_blocks
         self.rows_per_lane_step = first.rows_per_lane_step
-        self.rows_per_epoch = sum(order.rows_per_epoch for order in orders)
-        self.rows_dropped_per_epoch = sum(order.rows_dropped_per_epoch for order in orders)
-        self.steps_per_epoch = -(-self.rows_per_epoch // self.rows_global)
+        self.num_rows = sum(order.num_rows for order in orders)
+        self.steps_per_epoch = -(-self.num_rows // self.rows_global)
         self._rounds: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def source_step(self, step: int, lane: int) -> tuple[Order, int]:

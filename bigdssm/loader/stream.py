@@ -27,7 +27,7 @@ from bigdssm.dataset.partition import ROUND_STEPS, steps_per_round
 from bigdssm.dataset.rows import Rows
 from bigdssm.errors import ConfigError, DataError, PeerError
 from bigdssm.features.ragged import offsets_of
-from bigdssm.loader.order import WINDOW_BLOCKS, MixedOrder, Order, Tail, Window
+from bigdssm.loader.order import WINDOW_BLOCKS, MixedOrder, Order, Window
 from bigdssm.loader.workers import LoadedStep, Peers, WorkerSteps, load
 from bigdssm.utils.hashing import derive_key
 from bigdssm.utils.log import get_logger
@@ -360,7 +360,7 @@ class PairStream(RowStream):
 
     def __init__(
         self, dataset: str | Path | Dataset, *, split: str = "train", rows_global: int, lanes: int, seed: int = 0,
-        rank: int = 0, world_size: int = 1, num_workers: int = 0, start_step: int = 0, tail: Tail = "carry",
+        rank: int = 0, world_size: int = 1, num_workers: int = 0, start_step: int = 0,
         window_blocks: int = WINDOW_BLOCKS, max_bad_fraction: float = 0.001, quarantine: Path | None = None,
     ) -> None:  # fmt: skip
         """Plan the stream; nothing is read before the first `next`.
@@ -378,7 +378,7 @@ class PairStream(RowStream):
             max_bad_fraction=max_bad_fraction, quarantine=quarantine,
         )  # fmt: skip
         self.split = split
-        plan = partial(Order, rows_global=rows_global, lanes=lanes, tail=tail, window_blocks=window_blocks)
+        plan = partial(Order, rows_global=rows_global, lanes=lanes, window_blocks=window_blocks)
         index, sources = self.dataset.index(split), self.dataset.sources
         self.order: Order | MixedOrder
         if sources:
@@ -400,12 +400,10 @@ class PairStream(RowStream):
         else:
             self.order = plan(index.rows, seed=seed)
             self.queries_per_row = index.num_queries / index.num_rows
-        # The global steps after which every row (tail="drop": every row except the tail) was read. In a mixture, where
-        # each source has separate epochs, this is the total number of rows over rows_global.
+        # The global steps after which every row was read. In a mixture, where each source has separate epochs, this is
+        # the total number of rows over rows_global.
         self.steps_per_epoch = self.order.steps_per_epoch
         self.queries_per_step = rows_global * self.queries_per_row
-        if self.order.rows_dropped_per_epoch:
-            log.info("each epoch drops %d rows that do not fill a step", self.order.rows_dropped_per_epoch)
 
     def state(self, step: int | None = None) -> dict[str, Any]:
         """Return the stream's state before `step` (by default the next one), in JSON types; equal on all ranks."""
@@ -425,7 +423,7 @@ class PairStream(RowStream):
             "split": self.split,
             "lanes": order.lanes,
             "rows_global": order.rows_global,
-            "tail": order.tail,
+            "tail": "carry",  # as in states of earlier versions, which had others
             "window_blocks": order.window_blocks,
             "schema": self.dataset.schema.fingerprint(),
             "vocabularies": self.dataset.schema.vocabulary_sizes(),
@@ -505,14 +503,14 @@ class PairStream(RowStream):
             self.dataset.sources, self.order.orders, self.order.steps_per_round, strict=True
         ):
             counts = self.dataset.doc_counts(range(source.first, source.last))
-            total += counts * (steps / ROUND_STEPS * self.order.rows_per_epoch / order.num_rows)
+            total += counts * (steps / ROUND_STEPS * self.order.num_rows / order.num_rows)
         return total
 
     def _steps(self, steps: range, make: Callable[[Rows], T]) -> WorkerSteps[T]:
         return LaneSteps(self.dataset, self.split, self.order, self._local_lanes, self._num_workers, steps, make)
 
     def _rows_for_limit(self, rows_read: int, step: int) -> int:
-        rows, per_step = self.order.rows_per_epoch, self.order.rows_global
+        rows, per_step = self.order.num_rows, self.order.rows_global
         epochs_started = -(-step * per_step // rows)  # rounded up
         epochs_complete_at_open = self._opened_at * per_step // rows
         return rows * max(1, epochs_started - epochs_complete_at_open)

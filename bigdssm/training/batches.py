@@ -223,7 +223,7 @@ def row_stream(
     }  # fmt: skip
     if data.webdataset is not None:
         return PlainStream(dataset, data.webdataset, **shared)
-    return PairStream(dataset, lanes=data.lanes, tail=data.tail, **shared)
+    return PairStream(dataset, lanes=data.lanes, **shared)
 
 
 def known_pairs(rows: Rows, mask: str, doc_ids: np.ndarray, dataset: Dataset) -> Tensor:

@@ -100,7 +100,7 @@ BUGS = [
         f"{UNIT}/loader/test_order.py::test_neighbours_of_the_source_are_far_apart_and_epochs_differ"),
     Bug("order", "row_lost_between_epochs", "loader.order:Order.ranges",
         "epoch, first = epoch + 1, 0", "epoch, first = epoch + 1, 1",
-        f"{UNIT}/loader/test_order.py::test_carry_steps_run_through_the_lanes_without_a_gap"),
+        f"{UNIT}/loader/test_order.py::test_steps_run_through_the_lanes_without_a_gap"),
     Bug("order", "mixture_restarts_each_round", "loader.order:MixedOrder.source_step",
         "number * self.steps_per_round[source] + int(before[index])", "int(before[index])",
         f"{UNIT}/loader/test_stream_mixture.py::test_every_source_runs_through_its_own_epochs_and_has_its_share"),

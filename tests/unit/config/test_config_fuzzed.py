@@ -88,7 +88,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["model.query.history={block: lowpass, positions: relative, filter_share: 0.4, filter_decay: 0.5}"],
     ["model.query.history={block: gated, positions: relative, layers: 2}", "engine.checkpoint_activations=true"],
     ["model.query.history={block: gated, positions: rotary, item_scale: true}", "engine.precision=bf16"],
-    ["data.lanes=3", "STAGE.rows_global=9", "data.tail=drop"],
+    ["data.lanes=3", "STAGE.rows_global=9"],
     ["data.mixture=[{weight: 2}, {partitions: [base]}]"],
 ]  # fmt: skip
 LEFT_ALONE = (

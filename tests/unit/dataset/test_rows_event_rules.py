@@ -141,7 +141,7 @@ def test_targets_and_exclusions_are_those_of_a_reference(
                 excluded = set(view.catalogue.keys(docs[query == i]))
                 assert excluded == excluded_of(history, event["session"], event["timestamp"], visit, exclude_seen)
         # The stream of training: every target once per epoch, as positives and in the counts.
-        stream = PairStream(view, rows_global=8, lanes=2, tail="carry")
+        stream = PairStream(view, rows_global=8, lanes=2)
         targets = []
         while sum(map(len, targets)) < view.num_queries("train"):
             targets.append(keys_of(view, next(stream)))

@@ -156,7 +156,6 @@ def test_changes_are_refused_by_name(interactions: Path, texts: Path, tmp_path: 
         ({"rows_global": 96}, "rows_global was 48, is 96"),
         ({"lanes": 4}, "lanes was 8, is 4"),
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"tail": "drop"}, "tail was 'carry', is 'drop'"),
         ({"window_blocks": 2}, "window_blocks was 16, is 2"),
         ({"split": "test"}, "split was 'train', is 'test'"),
     ]:

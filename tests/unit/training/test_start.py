@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,19 +104,14 @@ def test_checkpoints_of_another_stage_are_refused(config: Config, stage: str | N
         _check_origin(checkpoint, "one", config, "sft")
 
 
-@pytest.mark.parametrize("tail", ["carry", "drop"])
-def test_the_tail_of_an_epoch_is_the_configs(config: Config, tail: str, caplog: pytest.LogCaptureFixture) -> None:
-    config = replace(config, data=replace(config.data, tail=tail))  # type: ignore[arg-type]
+def test_the_last_rows_of_an_epoch_are_carried_over(config: Config) -> None:
     dataset = check_stage(config, "pretrain", 1)
     whole, rest = divmod(dataset.num_rows("train"), 96)
     assert rest > 0
-    with caplog.at_level(logging.INFO):
-        rows = row_stream(config, config.pretrain, dataset, 0, 1)
-    steps = whole + (tail == "carry")
-    assert rows.steps_per_epoch == steps
-    seen = np.concatenate([next(rows).row_ids for _ in range(steps)])
-    assert len(np.unique(seen)) == dataset.num_rows("train") - (rest if tail == "drop" else 0)
-    assert (f"each epoch drops {rest} rows" in caplog.text) == (tail == "drop")
+    rows = row_stream(config, config.pretrain, dataset, 0, 1)
+    assert rows.steps_per_epoch == whole + 1
+    seen = np.concatenate([next(rows).row_ids for _ in range(whole + 1)])
+    assert len(np.unique(seen)) == dataset.num_rows("train")
 
 
 def test_more_targets_per_row_than_the_dataset_has_are_reported(
