@@ -198,7 +198,7 @@ def check_many_queries(rows: str, data: DataConfig, model: ModelConfig) -> None:
     if not history.allows_many_queries:
         raise ConfigError(
             f"model.query.history.positions={history.positions} has one position per item of a row, but with {rows} "
-            "an item's age differs between the row's queries; use relative, rotary or absolute"
+            "an item's age differs between the row's queries; use relative, rotary or none"
         )
     check_history_lengths(data)
     lengths = {name: feature.max_items for name, feature in histories.items()}

@@ -219,10 +219,10 @@ class HistoryEncoderConfig(Component):
     pair_products: ClassVar[int] = 2  # matrix products over pairs of positions: the scores and the weighted sum
 
     block: str = MISSING  # sasrec; gated, as in LiGR and eSASRec; lowpass, after BSARec; or a registered one
-    # Position of an item: its distance from the newest item (age) or from the oldest (absolute), or the distance of two
-    # items as a learned bias (relative) or rotary embedding (rotary); none: attention does not depend on the order of
-    # events, but by their times. Several queries per row exclude age.
-    positions: Literal["age", "absolute", "relative", "rotary", "none"] = "age"
+    # Position of an item: its distance from the newest item (age), or the distance of two items as a learned bias
+    # (relative) or rotary embedding (rotary); none: attention does not depend on the order of events, but by their
+    # times. Several queries per row exclude age.
+    positions: Literal["age", "relative", "rotary", "none"] = "age"
     # Whether attention depends on the time between two events, and from the request in the last layer, as rotary
     # embeddings; it needs a feature of data.event of type timestamp.
     times: Literal["none", "rotary"] = "none"

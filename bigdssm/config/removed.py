@@ -31,7 +31,7 @@ class RemovedValue(NamedTuple):
     key: str
     value: str
     alternative: str  # why it was removed, and what replaces it
-    registry: Registry[Any]  # of the components that the key names
+    registry: Registry[Any] | None  # of the components that the key names; None: it names none
 
 
 _STALE_TEXTS = RemovedKey(
@@ -136,6 +136,13 @@ REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
             "only figures of other projects showed a gain; write gated or lowpass (docs/measurements.md)",
             HISTORY_BLOCKS,
         ),
+        (
+            TOWERS,
+            "history.positions",
+            "absolute",
+            "no measurement showed a gain; write relative or rotary, which also allow several queries per row",
+            None,
+        ),
     )
     for section in sections
 )
@@ -147,7 +154,8 @@ def check_removed(content: Mapping[str, Any]) -> None:
         raise ConfigError(f"{key}: got {value!r:.80}, needs no such key, which was removed: {removed.alternative}")
     for entry in REMOVED_VALUES:
         section, name = _section_of(content, entry.key)
-        if section.get(name) == entry.value and entry.value not in entry.registry.names():
+        names = () if entry.registry is None else entry.registry.names()
+        if section.get(name) == entry.value and entry.value not in names:
             raise ConfigError(f"{entry.key}: got {entry.value}, which was removed: {entry.alternative}")
 
 

@@ -38,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--positions",
-        choices=("relative", "rotary", "absolute"),
+        choices=("relative", "rotary"),
         default="relative",
         help=f"position encoding {default}",
     )

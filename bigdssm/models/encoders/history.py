@@ -49,10 +49,9 @@ class HistoryEncoder(Encoder):
 
     The start token makes an empty history an ordinary one. The vector of a history is the output at its newest
     position; with `QueryPositions` one pass gives any number of queries. Positional information is the distance from
-    the newest item (`age`: the newest item has the same position in long and short histories), the distance from the
-    start (`absolute`), or the distance of query and key, as a learned bias per head (`relative`) or as rotary
-    embeddings (`rotary`), or nothing (`none`). All layers share the biases: neither the mask nor its gradient grows
-    with the depth.
+    the newest item (`age`: the newest item has the same position in long and short histories), the distance of query
+    and key, as a learned bias per head (`relative`) or as rotary embeddings (`rotary`), or nothing (`none`). All layers
+    share the biases: neither the mask nor its gradient grows with the depth.
     With times=rotary, attention depends on the time between two events, and in the last layer on that between request
     and event.
     With `transition`, a vector of the newest event's item and action is added to the output.
@@ -102,7 +101,7 @@ class HistoryEncoder(Encoder):
         self.config = config
         self._tables = (context.tables,)
         self.start = nn.Parameter(torch.randn(dim) * INIT_STD)
-        if config.positions not in ("rotary", "none"):
+        if config.positions in ("age", "relative"):
             width = config.heads if config.positions == "relative" else dim
             self.positions = nn.Embedding(feature.max_items + 1, width)
             nn.init.normal_(self.positions.weight, std=INIT_STD)
@@ -300,12 +299,10 @@ class HistoryEncoder(Encoder):
         return vectors * self.dim**0.5 if self.config.item_scale else vectors
 
     def _add_positions(self, hidden: Tensor, position: Tensor, length: Tensor) -> Tensor:
-        """Add position embeddings, if there are any; `length` is the length of the history."""
-        if self.config.positions == "age":
-            hidden = hidden + self.positions((length - position).clamp(min=0))
-        elif self.config.positions == "absolute":
-            hidden = hidden + self.positions(position)
-        return hidden
+        """Add the embeddings of ages, if there are any; `length` is the length of the history."""
+        if self.config.positions != "age":
+            return hidden
+        return hidden + self.positions((length - position).clamp(min=0))
 
     def _packed(
         self, items: Packed, added: Tensor | None, inputs: HistoryInputs, query_positions: QueryPositions | None

@@ -170,6 +170,8 @@ def test_a_removed_value_is_refused_with_its_alternative(
     with pytest.raises(ConfigError) as refused:
         load_config(path, [f"{removed.key}={removed.value}"])
     assert str(refused.value) == expected
+    if removed.registry is None:
+        return
     assert removed.value not in removed.registry.names()
     monkeypatch.setitem(removed.registry.classes, removed.value, type(section_at(config, removed.key)))
     check_removed(with_key(config, removed.key, removed.value))

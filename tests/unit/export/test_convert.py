@@ -518,7 +518,7 @@ def test_onnx_scores_as_the_trainer(
     [
         ("gated", "relative"),
         ("gated", "rotary"),
-        ("sasrec", "absolute"),
+        ("sasrec", "age"),
         ("lowpass", "relative"),
     ],
 )

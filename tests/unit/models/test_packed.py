@@ -191,7 +191,7 @@ def test_packed_texts_are_padded_ones(side: str, pooling: str, chunk_tokens: int
 
 @SIZES
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("positions", ["age", "absolute", "rotary"])
+@pytest.mark.parametrize("positions", ["age", "none", "rotary"])
 @pytest.mark.parametrize("block", ["sasrec", "gated"])
 def test_packed_histories_are_padded_ones(block: str, positions: str, layers: int, chunk_tokens: int) -> None:
     assert_packed_is_padded("query", chunk_tokens, block=block, positions=positions, layers=layers, item_scale=True)
@@ -199,7 +199,7 @@ def test_packed_histories_are_padded_ones(block: str, positions: str, layers: in
 
 GROUPED = pytest.mark.parametrize(
     ("block", "positions"),
-    [("gated", "relative"), ("sasrec", "relative"), ("gated", "rotary"), ("sasrec", "absolute"),
+    [("gated", "relative"), ("sasrec", "relative"), ("gated", "rotary"), ("sasrec", "none"),
      ("lowpass", "relative"), ("lowpass", "rotary")],
 )  # fmt: skip
 
@@ -267,7 +267,7 @@ def test_requests_over_chunks_of_empty_histories(block: str, positions: str, by:
 @pytest.mark.parametrize(
     ("positions", "many", "request_times", "by"),
     [("relative", True, True, None), ("relative", False, False, None), ("relative", True, False, None),
-     ("rotary", False, True, within_rows), ("absolute", True, False, within_rows),
+     ("rotary", False, True, within_rows), ("none", True, False, within_rows),
      ("rotary", False, False, within_rows)],
 )  # fmt: skip
 def test_times_of_packed_histories(
@@ -316,7 +316,7 @@ def test_rows_of_like_length_are_a_group() -> None:
 
 
 @SIZES
-@pytest.mark.parametrize("positions", ["absolute", "rotary"])
+@pytest.mark.parametrize("positions", ["none", "rotary"])
 @pytest.mark.parametrize("block", ["sasrec", "gated"])
 def test_many_queries_of_packed_histories(block: str, positions: str, chunk_tokens: int) -> None:
     row, seen = torch.tensor([[0, 0, 0, 2, 2, 3, 4, 5, 5], [9, 0, 4, 1, 4, 1, 0, 7, 3]])

@@ -50,13 +50,8 @@ ROWS = torch.tensor([[2, 3, 4, 5, 6, 7, 8], [9, 2, 9, 1, 0, 0, 0], [0] * 7, [5, 
 LENGTHS = [7, 4, 0, 5]
 
 MANY = [  # every block with all positions that support many queries per pass
-    *(
-        (block, positions)
-        for block in ("sasrec", "gated", "lowpass")
-        for positions in ("absolute", "relative", "rotary")
-    ),
-    ("gated", "none"),
-    ("lowpass", "none"),
+    *((block, positions) for block in ("sasrec", "gated", "lowpass") for positions in ("relative", "rotary")),
+    *((block, "none") for block in ("sasrec", "gated", "lowpass")),
 ]
 ALL = [*MANY, ("sasrec", "age"), ("gated", "age"), ("lowpass", "age")]
 every = pytest.mark.parametrize(("block", "positions"), ALL)
@@ -459,8 +454,8 @@ def test_blocks_and_positions_that_go_together(block: Any, positions: Any) -> No
     check_config(config(HISTORY_BLOCKS.read("model.query.history", {"block": block, "positions": positions})))
 
 
-@pytest.mark.parametrize("positions", ["age", "absolute", "relative", "rotary"])
-def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative", "rotary"]) -> None:
+@pytest.mark.parametrize("positions", ["age", "relative", "rotary", "none"])
+def test_an_age_is_of_one_query(positions: Literal["age", "relative", "rotary", "none"]) -> None:
     made = config(Sasrec(positions=positions))
     check_many_queries("data.targets_per_row=4", replace(made.data, query={"age": QUERY["age"]}), made.model)
     if positions != "age":
@@ -469,9 +464,7 @@ def test_an_age_is_of_one_query(positions: Literal["age", "absolute", "relative"
         with pytest.raises(ConfigError, match=r"max_items \{'history': 9, 'kinds': 5\}"):
             check_many_queries("data.targets_per_row=4", replace(made.data, query=other), made.model)
     else:
-        sentence = (
-            r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative, rotary or absolute"
-        )
+        sentence = r"model\.query\.history\.positions=age .* data\.targets_per_row=4 .*; use relative, rotary or none"
         with pytest.raises(ConfigError, match=sentence):
             check_many_queries("data.targets_per_row=4", made.data, made.model)
 
