@@ -350,8 +350,6 @@ class EngineConfig:
     # Tables that are sharded by rows, and their optimizer states: in the memory of the device or the host, or in files.
     table_memory: Literal["device", "host", "file"] = "device"
     table_dir: str | None = None  # local folder of these files; none: a folder of the run
-    # Columns of the score matrix per tile; none: chosen by the loss.
-    loss_tile: int | None = bounded(None, 1, 2**31)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,13 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
             "to the next one"
         ),
     ),
+    "engine.loss_tile": RemovedKey(
+        default=None,
+        alternative=(
+            "no measurement showed a gain over the tile that the loss chooses by the device; delete the key (the "
+            "functions of bigdssm.losses have an argument tile)"
+        ),
+    ),
     "engine.table_cache_rows": RemovedKey(
         default=0,
         alternative=(

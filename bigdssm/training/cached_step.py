@@ -157,7 +157,7 @@ def loss_function(loss: LossConfig, batch: Batch) -> LossFunction:
     hard = 0 if batch.negatives is None else batch.negatives.shape[1]
     negatives = NegativesConfig(mask="batch", hard=hard)
     stage = StageConfig(loss=loss, negatives=negatives, sampling=NoCorrection())
-    return Objective(stage, ModelConfig(score="cosine", beta="none"), None, None, 0.0)
+    return Objective(stage, ModelConfig(score="cosine", beta="none"), None, 0.0)
 
 
 class ModuleStepEngine:

@@ -285,14 +285,14 @@ def estimate(
     graphs, towers = _towers(model, mode, batch, plan, engine)
     sides, width = (len(batch.query_ids), len(batch.doc_ids)), config.model.dim
     num_known = 0 if batch.known_positives is None else len(batch.known_positives)
-    tile, both = config.engine.loss_tile, stage.loss.direction != "q2d"
+    both = stage.loss.direction != "q2d"
     vectors = 2 * FP32 * sum(sides) * width  # and their gradients
     sent = sent_bytes(engine, trained, _gathered_weights(model, plan))
     if specs:  # each row, its values and their gradients
         fetched = {name: len(rows) * specs[name].hashes for name, rows in (batch.table_rows or {}).items()}
         sent["sharded tables"] = sum(number * 8 * (1 + specs[name].dim) for name, number in fetched.items())
     loss = loss_bytes(
-        *sides, width, world_size, both=both, tile=tile, num_known=num_known,
+        *sides, width, world_size, both=both, num_known=num_known,
         gathers_known=stage.negatives.mask in ("batch", "user"),
     )  # fmt: skip
     sent = loss_sent_bytes(sides[1], width, world_size, both=both) | sent

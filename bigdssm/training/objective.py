@@ -41,7 +41,6 @@ class Objective:
         self,
         stage: StageConfig,
         model: ModelConfig,
-        tile: int | None,
         doc_counts: np.ndarray | None,
         queries_per_step: float,
         operand: torch.dtype | None = None,
@@ -59,7 +58,7 @@ class Objective:
         # A relative loss cancels it: its gradient would be rounding noise, which Adam scales up to full steps.
         self._scalar_beta = model.beta == "scalar"
         self._without_beta = self._scalar_beta and stage.loss.relative
-        self._tile, self._operand = tile, operand
+        self._operand = operand
         self._counted = (
             None
             if doc_counts is None
@@ -131,7 +130,7 @@ class Objective:
                 negatives=candidates, score_bias=score_bias, **queries,
             )  # fmt: skip
             columns: SharedColumns = "all" if self._loss.all_columns else "in_batch" if negatives.in_batch else "none"
-            output = contrastive_loss(self._loss, inputs, columns=columns, tile=self._tile)
+            output = contrastive_loss(self._loss, inputs, columns=columns)
             if isinstance(distillation, BatchDistillation):
                 return self._added(output, self._of_teacher(distillation, vectors, encoded, batch, weight))
             if not isinstance(distillation, ListDistillation):

@@ -240,7 +240,7 @@ def build_trainer(
     )
     is_counted = isinstance(stage.sampling, FrequencyCorrection) and stage.sampling.frequency == "counts"
     objective = Objective(
-        stage, config.model, engine_config.loss_tile, stream.doc_weights() if is_counted else None,
+        stage, config.model, stream.doc_weights() if is_counted else None,
         stream.queries_per_step, engine.product_dtype, batch_builder.undrawn, device(),
     )  # fmt: skip
 

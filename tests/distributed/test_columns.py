@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -110,8 +111,9 @@ def run_rank(rank: int, world_size: int, dtype: torch.dtype, columns: str, mask:
     alpha = torch.tensor([ALPHA], dtype=torch.float64, requires_grad=True)
     negatives = NegativesConfig(columns=columns, mask=mask)  # type: ignore[arg-type]
     config = StageConfig(negatives=negatives, sampling=NoCorrection())
-    out = Objective(config, ModelConfig(score="dot"), 8, None, ROWS)(Encoded(U, W, beta, alpha), batch)
-    out.loss.backward()
+    with mock.patch("bigdssm.losses.kernels.columns.CACHED_WIDTH", 8):  # columns of a tile
+        out = Objective(config, ModelConfig(score="dot"), None, ROWS)(Encoded(U, W, beta, alpha), batch)
+        out.loss.backward()
     return out.loss.detach(), [U.grad, W.grad, beta.grad, alpha.grad], batch.doc_rows, out.stats
 
 
@@ -181,7 +183,7 @@ def run_candidates(rank: int, world_size: int) -> float:
     )  # fmt: skip
     negatives = NegativesConfig(in_batch=False, hard=2, mask="past")
     config = StageConfig(loss=Softmax(), negatives=negatives, sampling=NoCorrection())
-    objective = Objective(config, ModelConfig(score="dot"), None, None, ROWS)
+    objective = Objective(config, ModelConfig(score="dot"), None, ROWS)
     U, W = world.U[batch.row_ids], world.W[rows]
     return float(objective(Encoded(U, W, None, torch.ones(1)), batch).loss)
 

@@ -99,7 +99,7 @@ def train(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tup
     """Return the loss of a config's term, this rank's gradients, and the loss after a step by their mean over ranks."""
     with registered(folder):
         config = load_config(folder / "config.yaml", [*OVERRIDES, *overrides]).stage("sft")
-        objective = Objective(config, ModelConfig(score="dot"), None, None, ROWS)
+        objective = Objective(config, ModelConfig(score="dot"), None, ROWS)
         queries, columns, batch = share_of(rank, world_size)
         query, doc = towers()
 
@@ -167,7 +167,7 @@ def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str])
     from . import outside  # noqa: F401, it registers what it holds
 
     stage = load_config(folder / "config.yaml", overrides).pretrain
-    objective = Objective(stage, ModelConfig(score="dot"), None, None, ROWS)
+    objective = Objective(stage, ModelConfig(score="dot"), None, ROWS)
     queries, columns, batch = share_of(rank, world_size)
     batch = replace(batch, teacher=torch.arange(3.0).expand(len(queries), 3))
     U, W = queries.clone().requires_grad_(), columns.clone().requires_grad_()

@@ -247,7 +247,7 @@ class Ours:
 
         self.model = new_model(config.model, dataset.schema, dataset.vocab_size).train()
         self.engine = Engine(self.model, engine, OPTIMIZER, rows_global // dist.get_world_size())
-        self.objective = Objective(StageConfig(sampling=NoCorrection()), config.model, None, None, rows_global)
+        self.objective = Objective(StageConfig(sampling=NoCorrection()), config.model, None, rows_global)
         self.budget = TokenBudget.of(engine, self.model.accepts_packed(training=True))
 
     def step(self, batch: Batch, keep_graph_tokens: int | None = None) -> float:

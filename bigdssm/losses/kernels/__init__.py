@@ -188,7 +188,7 @@ class ScorePasses:
 
 
 def loss_bytes(
-    num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, tile: int | None, num_known: int,
+    num_queries: int, num_columns: int, dim: int, world_size: int, *, both: bool, num_known: int,
     gathers_known: bool,
 ) -> int:  # fmt: skip
     """Return the bytes of a loss over all columns on a rank with a CPU, in addition to its vectors and their gradients.
@@ -204,7 +204,7 @@ def loss_bytes(
     ids = 8 * (4 * columns + (2 * pairs if gathers_known else 2 * num_queries))
     rows = min(num_queries, CACHED_ROWS if both else strip_rows(torch.device("cpu"), columns, 4))
     mask = mask_bytes(num_queries, columns, pairs)
-    scores = 2 * 4 * rows * min(tile or CACHED_WIDTH, columns) if both else 4 * rows * columns
+    scores = 2 * 4 * rows * min(CACHED_WIDTH, columns) if both else 4 * rows * columns
     return gathered + sums + scores + ids + mask + 8 * 8 * (num_queries + columns)
 
 

@@ -65,7 +65,7 @@ def assert_refused(answer: tuple[int, str], *words: str) -> None:
         ("data.max_bad_fraction=-1", "data.max_bad_fraction: got -1"),
         ("data.query.query.max_tokens=2", "data.query.query.max_tokens: got 2"),
         ("data.mixture=[{weight: 0}]", "data.mixture[0].weight: got 0"),
-        ("engine.loss_tile=0", "engine.loss_tile: got 0"),
+        ("engine.zero_stage=-1", "engine.zero_stage: got -1"),
         ("run.dir=''", "run.dir: got '', needs a folder"),
         ("pretrain.init=''", "pretrain.init: got '', needs a folder, or null"),
         ('run.dir="a\\0b"', "run.dir: got 'a\\x00b', needs text without NUL"),

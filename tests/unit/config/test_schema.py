@@ -91,7 +91,7 @@ def test_the_shipped_configs_name_the_schema_and_are_valid(
     [
         "pretrain.steps=${run.seed}", "sft=${pretrain}", "pretrain.optimizer=${sft.optimizer}",
         "data.doc.genres.min_count=${data.lanes}", "pretrain.optimizer={eps: 1e-6, name: adamw}",
-        "engine.loss_tile=null",
+        "engine.keep_graph_tokens=null",
         "pretrain.optimizer.name=${sft.optimizer.name}", "model.score=${run.dir}", "data.lanes=8.0", "sft=null",
         "sft.distillation=null", "sft.distillation={name: kl, temperature: 2}",
     ],
@@ -105,7 +105,12 @@ def test_a_required_value_may_be_left_to_an_override(validator: Draft202012Valid
 
 
 def test_whole_numbers_may_have_a_decimal_point_as_in_the_schema() -> None:
-    given = ["data.lanes=8.0", "pretrain.loss.widths=[8.0, 4]", "data.doc.genres.min_count=2.0", "engine.loss_tile=1e3"]
+    given = [
+        "data.lanes=8.0",
+        "pretrain.loss.widths=[8.0, 4]",
+        "data.doc.genres.min_count=2.0",
+        "engine.keep_graph_tokens=1e3",
+    ]
     config = load_config(EXAMPLE, given)
     assert config == load_config(EXAMPLE, [key.replace(".0", "").replace("1e3", "1000") for key in given])
     texts = ["data.lanes='8'", "engine.compile='yes'", "engine.peer_timeout_s='9.5'"]  # as of ${oc.env:…}
@@ -147,7 +152,7 @@ def test_the_command_refuses_models_and_folders_that_a_run_would(
         ("model.query.mlp=8", "model.query.mlp: 8 is not of type 'array'"),
         ("pretrain.optimizer.betas=[0.9]", "pretrain.optimizer.betas: [0.9] is too short"),
         ("engine.zero_stage=4", "engine.zero_stage: 4 is greater than the maximum of 3"),
-        ("engine.loss_tile=0", "engine.loss_tile: 0 is less than the minimum of 1"),
+        ("data.lanes=0", "data.lanes: 0 is less than the minimum of 1"),
         ("model.query.dropout=1", "model.query.dropout: 1 is greater than or equal to the maximum of 1"),
         ("model.query.mlp=[8, 0]", "model.query.mlp.1: 0 is less than the minimum of 1"),
         ("pretrain.optimizer.lr=11", "pretrain.optimizer.lr: 11 is greater than the maximum of 10"),

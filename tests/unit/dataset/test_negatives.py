@@ -198,7 +198,7 @@ def test_columns_of_the_batch(dataset: Dataset, dropout: float, loss: Any) -> No
             if relevance == 0 and columns[positive] in may_be:  # of other rows; this query has no weight
                 expected += counts[positive] - 1
         U, W = torch.randn(len(batch.time), 8), torch.randn(len(columns), 8)
-        objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
+        objective = Objective(stage, ModelConfig(score="dot"), None, 40)
         output = objective(Encoded(U, W, None, torch.tensor([1.0])), batch)
         numbers.append((float(output.stats["effective_negatives"]) * len(batch.time), expected))
     for number, expected in numbers:
@@ -224,7 +224,7 @@ def test_candidates(dataset: Dataset, dropout: float) -> None:
     is_positive = batch.negatives == batch.positive[:, None]
     batch = replace(batch, negatives=batch.negatives.masked_fill(is_positive, -1))
     U, W = torch.randn(len(batch.time), 8), torch.randn(len(batch.doc_ids), 8)
-    objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
+    objective = Objective(stage, ModelConfig(score="dot"), None, 40)
     output = objective(Encoded(U, W, None, torch.tensor([1.0])), batch)
     assert float(output.stats["effective_negatives"]) * len(batch.time) == pytest.approx(expected)
 

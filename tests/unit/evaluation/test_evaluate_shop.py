@@ -154,7 +154,7 @@ def test_a_document_is_no_negative_of_a_query_before_its_time(dated: Dataset, un
             for of_row, positive, time in zip(others, batch.positive.tolist(), times, strict=True)
         ]  # fmt: skip
         U, W = torch.randn(len(times), D), torch.randn(n, D)
-        objective = Objective(stage, ModelConfig(score="dot"), None, None, 40)
+        objective = Objective(stage, ModelConfig(score="dot"), None, 40)
         output = objective(Encoded(U, W, None, torch.tensor([1.0])), batch)
         numbers.append(float(output.stats["effective_negatives"]))
         assert numbers[-1] == pytest.approx(sum(map(len, allowed)) / len(times)), kind

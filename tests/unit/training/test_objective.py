@@ -65,7 +65,7 @@ def stage(loss: LossConfig | None = None, **blocks: Any) -> StageConfig:
 
 
 def loss(config: StageConfig, model: ModelConfig | None = None) -> float:
-    objective = Objective(config, model or ModelConfig(score="dot"), None, COUNTS, 20)
+    objective = Objective(config, model or ModelConfig(score="dot"), COUNTS, 20)
     return float(objective(ENCODED, BATCH).loss)
 
 
@@ -80,7 +80,7 @@ def test_merged_columns_count_as_often_as_they_were() -> None:
 
 
 def test_products_take_vectors_rounded_after_they_were_normalised() -> None:
-    objective = Objective(stage(FPS(widths=(2,))), ModelConfig(), None, None, 20, torch.bfloat16)
+    objective = Objective(stage(FPS(widths=(2,))), ModelConfig(), None, 20, torch.bfloat16)
     found = float(objective(ENCODED, BATCH).loss)
 
     def rounded(vectors: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_masks_of_known_pairs(kind: type[LossConfig]) -> None:
     ):  # fmt: skip
         batch = replace(BATCH, query_ids=ids, known_positives=known)
         config = stage(kind(weight="relevance"), negatives=NegativesConfig(mask=mask))  # type: ignore[arg-type]
-        found[mask] = float(Objective(config, ModelConfig(score="dot"), None, None, 20)(ENCODED, batch).loss)
+        found[mask] = float(Objective(config, ModelConfig(score="dot"), None, 20)(ENCODED, batch).loss)
         common = {"alpha": 2.0, "beta": BETA, "weight": RELEVANCE, "doc_ids": BATCH.doc_ids, **arguments}
         if kind is FPS:
             right = fps_loss(U, W, POSITIVE, neg_bias=LOG_COPIES, **common)
@@ -138,9 +138,7 @@ def test_masks_of_known_pairs(kind: type[LossConfig]) -> None:
 
 
 def test_candidates_are_masked_by_each_querys_past() -> None:
-    objective = Objective(
-        stage(Softmax(), negatives=replace(LISTED, mask="past")), ModelConfig(score="dot"), None, None, 20
-    )
+    objective = Objective(stage(Softmax(), negatives=replace(LISTED, mask="past")), ModelConfig(score="dot"), None, 20)
     seen = torch.tensor([[2, 103], [3, 105]])
     unmasked, masked = (
         float(objective(ENCODED, replace(BATCH, known_positives=known)).loss) for known in (seen[:0], seen)
@@ -173,7 +171,7 @@ def test_a_teacher_is_learned_in_addition_to_the_loss(kind: type[ListwiseKL | Ma
     """On the serving score, for any corrections and masks of the loss."""
     batch = replace(BATCH, teacher=TEACHER)
     plain, both = (
-        Objective(config, ModelConfig(score="dot"), None, COUNTS, 20)(ENCODED, batch)
+        Objective(config, ModelConfig(score="dot"), COUNTS, 20)(ENCODED, batch)
         for config in (base, replace(base, distillation=kind(weight=0.3, temperature=2.0)))
     )
     candidates = LossBatch(

@@ -121,7 +121,7 @@ def test_operations_of_a_training_step(case: Case) -> None:
     engine, host = new_engine(case), batch_of(case)
     objective = Objective(
         StageConfig(sampling=Corrected(frequency=case.frequency)),  # type: ignore[arg-type]
-        MODEL, None, np.arange(1.0, 40.0), 24.0,
+        MODEL, np.arange(1.0, 40.0), 24.0,
     )  # fmt: skip
     streaming = case.frequency == "streaming"
     waits = []
@@ -160,7 +160,7 @@ def test_operations_of_sharded_tables() -> None:
         specs = engine.module.tables.sharded  # type: ignore[union-attr]
         host = with_positions(batch_of(case), tables_of_features(SCHEMA, specs))  # type: ignore[arg-type]
         plan = (draft := plan_locally(host, TokenBudget(chunk_tokens, 0))).synchronized(draft.counts)
-        objective = Objective(StageConfig(sampling=NoCorrection()), MODEL, None, None, 24.0)
+        objective = Objective(StageConfig(sampling=NoCorrection()), MODEL, None, 24.0)
         with simgpu.ranks(ranks), simgpu.Device() as device:
             device.put_module(engine.module)
             engine.tables = ShardedTables(list(specs.values()), LazyAdam(), 0, device=simgpu.PLACE)  # type: ignore[arg-type]

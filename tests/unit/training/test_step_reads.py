@@ -88,7 +88,7 @@ class PlainEngine:
 @pytest.mark.parametrize("frequency", ["counts", "streaming"])
 def test_host_reads_of_a_step_do_not_grow_with_chunks(frequency: Any) -> None:
     engine, batch = PlainEngine(), share_of(0, 1, 0)
-    objective = Objective(StageConfig(sampling=Corrected(frequency=frequency)), MODEL, None, np.arange(1.0, 40.0), 24.0)
+    objective = Objective(StageConfig(sampling=Corrected(frequency=frequency)), MODEL, np.arange(1.0, 40.0), 24.0)
     for chunk_tokens, fewest in ((0, 2), (40, 8), (12, 20)):
         plan = plan_step(batch, TokenBudget(chunk_tokens, 0))
         assert len(plan.query.chunks) + len(plan.doc.chunks) >= fewest
@@ -103,7 +103,7 @@ def test_the_work_of_a_step_does_not_depend_on_the_catalogue() -> None:
     for num_documents in (CATALOGUE, 1000 * CATALOGUE):
         counts = np.lib.stride_tricks.as_strided(np.ones(1), (num_documents,), (0,))  # in 8 bytes
         stage = StageConfig(sampling=Corrected(), negatives=NegativesConfig(uniform=8))
-        objective = Objective(stage, MODEL, None, counts, 24.0)
+        objective = Objective(stage, MODEL, counts, 24.0)
         engine, batch = PlainEngine(), share_of(0, 1, 0)
         with Reads() as reads:
             train_step(engine, batch, plan_step(batch, TokenBudget(40, 0)), objective, 1.0)  # type: ignore[arg-type]
