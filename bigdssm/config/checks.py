@@ -155,11 +155,6 @@ def check_config(config: Config) -> None:
     names: tuple[StageName, ...] = ("pretrain",) if config.sft is None else ("pretrain", "sft")
     for name in names:
         _check_stage(name, config)
-    if model.beta == "scalar":
-        is_allowed = any(not config.stage(name).loss.relative for name in names)
-        require(
-            is_allowed, "model.beta", "scalar", "document or none: a scalar beta has an effect only in sigmoid losses"
-        )
 
 
 def _check_funnel(data: DataConfig) -> None:
@@ -279,10 +274,6 @@ def _check_stage(name: StageName, config: Config) -> None:
         (
             not (widths and of_age), f"{key}.widths", list(widths),
             "none with a feature of data.doc of type age: its dimensions are the last ones",
-        ),
-        (
-            loss.relative or model.beta == "scalar", "model.beta", model.beta,
-            f"scalar if {key}.name is {loss.name}",
         ),
     )  # fmt: skip
 

@@ -34,11 +34,10 @@ class LossConfig(StageComponent):
     """The keys of every loss. A loss is a subclass with additional keys, registered in LOSSES."""
 
     all_columns: ClassVar[bool] = False  # over every column of the batch; else over in-batch and hard negatives
-    relative: ClassVar[bool] = True  # depends on differences of a query's scores only: a scalar beta cancels
     softmax: ClassVar[bool] = False  # over sampled documents: `sampling: auto` applies the logQ correction
     directions: ClassVar[tuple[str, ...]] = ("q2d",)
 
-    name: str = MISSING  # fps, softmax, pair_ce, triplet, sigmoid, or a registered one
+    name: str = MISSING  # fps, softmax, pair_ce, triplet, or a registered one
     weight: Literal["indicator", "relevance"] = "indicator"  # of a row: 1[r>0], or r itself
     # Matryoshka: further widths, below model.dim, that vectors can be truncated to. None: no further widths; in sft
     # those of the pretraining.

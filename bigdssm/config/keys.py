@@ -310,10 +310,8 @@ class ModelConfig:
     score: Literal["dot", "cosine"] = "cosine"
     alpha_init: float = bounded(10.0, at_most=10_000, above=0)
     alpha_learned: bool = True
-    # Bias in the score: learned per document; a scalar, which only the loss `sigmoid` can learn; or none. auto: none if
-    # the score is the cosine, else document.
-    beta: Literal["auto", "document", "scalar", "none"] = "auto"
-    beta_init: float = bounded(-10.0, -10_000, 10_000)  # of a scalar beta (as in SigLIP)
+    # Bias in the score: learned per document, or none. auto: none if the score is the cosine, else document.
+    beta: Literal["auto", "document", "none"] = "auto"
     share_text: bool = False  # one text encoder for both towers
     tables: TablesConfig = field(default_factory=TablesConfig)
     query: TowerConfig = field(default_factory=TowerConfig)

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bigdssm.config.components import OPTIMIZERS, SAMPLINGS, STAGES, TABLE_OPTIMIZERS
+from bigdssm.config.components import LOSSES, OPTIMIZERS, SAMPLINGS, STAGES, TABLE_OPTIMIZERS
 from bigdssm.config.keys import HISTORY_BLOCKS
 from bigdssm.errors import ConfigError
 from bigdssm.utils.components import Registry
@@ -76,6 +76,10 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
     "sft.rerank": _RERANK,
     "pretrain.negatives.refresh_every_steps": _STALE_TEXTS,
     "sft.negatives.refresh_every_steps": _STALE_TEXTS,
+    "model.beta_init": RemovedKey(
+        default=-10.0,
+        alternative="it was the first value of beta: scalar, which was removed with the loss sigmoid; delete the key",
+    ),
     "data.mixture_batches": RemovedKey(
         default="mixed",
         alternative=(
@@ -121,6 +125,20 @@ REMOVED_VALUES: tuple[RemovedValue, ...] = tuple(
             "classic",
             "no measurement on real data showed a gain; write corrected, which leaves the positive's score as it is",
             SAMPLINGS,
+        ),
+        (
+            STAGES,
+            "loss.name",
+            "sigmoid",
+            "no measurement showed a gain; write softmax, pair_ce or triplet",
+            LOSSES,
+        ),
+        (
+            ("model",),
+            "beta",
+            "scalar",
+            "only the removed loss sigmoid could learn it; write none, which ranks the same",
+            None,
         ),
         (
             STAGES,

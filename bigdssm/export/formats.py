@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.errors import CheckpointError
-from bigdssm.export.text_tower import SIDES, Side, beta_weight, shared_beta
+from bigdssm.export.text_tower import SIDES, Side, beta_weight
 from bigdssm.features import Column, History, Ragged, encode_values, texts_of
 from bigdssm.features.base import ITEM_ROW, REQUEST_PREFIX
 from bigdssm.loader.batch import Features, to_features
@@ -189,7 +189,7 @@ def model_card(
 
     config = model.config.model
     vectors = "of norm 1" if config.score == "cosine" else "of any norm"
-    beta = f"{shared_beta(model):.6g}" if beta_weight(model) is None else "a learned number per document"
+    beta = "0" if beta_weight(model) is None else "a learned number per document"
     parameters = sum(parameter.numel() for parameter in model.model.parameters())
     origin = {key: model.provenance[key] for key in ("stage", "step", "checkpoint") if key in model.provenance}
     weights = ", ".join(f"{key} {value}" for key, value in origin.items()) or "of a model folder"

@@ -5,7 +5,7 @@ the model, else the routes of a Router; an encoder of both is written once. Cosi
 models a last Dense adds alpha and beta to the vectors: documents are [alpha * w, beta] and queries [u, 1], so that the
 dot product is the training score. For cosine with a beta per document, which Normalize would distort, the folder
 contains a custom module (sentence_transformers_module.py): queries are [√alpha * u, 1] and documents
-[√alpha * w, beta]. A shared beta does not affect cosine rankings and is dropped.
+[√alpha * w, beta].
 """
 
 import importlib.util
@@ -30,7 +30,6 @@ from bigdssm.export.text_tower import (
     beta_weight,
     loading_arguments,
     save_encoder,
-    shared_beta,
     text_towers,
 )
 from bigdssm.models.encoders.transformer import ACTIVATIONS
@@ -247,13 +246,12 @@ def _dense_layers(model: ModelFolder, tower: TextTower) -> Sequence[tuple[Tensor
         (linear.weight, linear.bias, _dotted(activation)) for linear, activation in tower.layers
     ]
     is_query, dim = tower.side == "query", model.config.model.dim
-    if scores_by_dot(model) and not model.model.has_beta:
+    beta = beta_weight(model)
+    if scores_by_dot(model) and beta is None:
         if not is_query:
             layers.append((model.alpha * torch.eye(dim), None, _dotted("Identity")))
-    elif scores_by_dot(model):
-        beta = beta_weight(model)
-        beta = torch.zeros(1, dim) if beta is None else beta
-        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (model.alpha, beta, shared_beta(model))
+    elif beta is not None:
+        scale, last, added = (1.0, torch.zeros(1, dim), 1.0) if is_query else (model.alpha, beta, 0.0)
         scale = 1.0 if needs_custom_code(model) else scale  # the custom module applies its square root on both sides
         weight, bias = torch.cat([scale * torch.eye(dim), last]), torch.cat([torch.zeros(dim), torch.tensor([added])])
         layers.append((weight, bias, _dotted("Identity")))

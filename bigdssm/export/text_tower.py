@@ -65,12 +65,6 @@ def beta_weight(folder: ModelFolder) -> Tensor | None:
     return None if head is None else head.weight.detach()
 
 
-def shared_beta(folder: ModelFolder) -> float:
-    """Return the constant beta of all documents."""
-    beta = folder.model.beta
-    return 0.0 if beta is None else float(beta.detach())
-
-
 def save_encoder(tower: TextTower, tokenizer_dir: Path, folder: Path) -> None:
     """Write the tower's transformer and tokenizer to a folder for AutoModel and AutoTokenizer."""
     model: Any = tower.encoder.transformer

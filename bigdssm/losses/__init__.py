@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         MarginMSE,
         PairCE,
         PairLoss,
-        Sigmoid,
         Softmax,
         Triplet,
         register_distillation,
@@ -46,7 +45,6 @@ __all__ = [
     "MarginMSE",
     "PairCE",
     "PairLoss",
-    "Sigmoid",
     "Softmax",
     "StreamingFrequency",
     "Triplet",
@@ -67,7 +65,7 @@ __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
         "bigdssm.losses.declarations": [
-            "FPS", "ListwiseKL", "MarginMSE", "PairCE", "PairLoss", "Sigmoid", "Softmax", "Triplet",
+            "FPS", "ListwiseKL", "MarginMSE", "PairCE", "PairLoss", "Softmax", "Triplet",
             "register_distillation", "register_loss", "register_sampling",
         ],
         "bigdssm.losses.distillation": ["BatchTeacher", "batch_kl"],

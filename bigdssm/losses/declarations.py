@@ -5,7 +5,6 @@ S⁺ is the score of the positive, S⁻_j the scores of query i's negatives A_i:
     fps, softmax   log(1 + Σ_j∈A exp(S⁻_j − S⁺)); fps also over the queries in the positive's column, or their mean
     pair_ce        mean over A of −log σ(S⁺ − S⁻_j)
     triplet        mean over A of max(0, margin − S⁺ + S⁻_j)
-    sigmoid        −log σ(S⁺) − Σ_j∈A log σ(−S⁻_j), usually with one beta for all documents
 
 A pairwise loss needs only its value (`PairLoss`), and may be declared in any module:
 
@@ -16,7 +15,7 @@ A pairwise loss needs only its value (`PairLoss`), and may be declared in any mo
         def value(self, x): return (x + 1).relu().square()
 
 Source: softmax and triplet, Karpukhin et al. 2020 and Schroff et al. 2015; pair_ce, Burges et al. 2005 (RankNet),
-eq. 3; sigmoid, Zhai et al. 2023 (SigLIP), eq. 1.
+eq. 3.
 """
 
 from __future__ import annotations
@@ -99,10 +98,10 @@ class Softmax(SoftmaxLoss):
 
 @dataclass(frozen=True)
 class PairLoss(LossConfig):
-    """A pairwise loss, a function of x = S⁻ − S⁺ if `relative`, else of x = S⁻.
+    """A pairwise loss, a function of x = S⁻ − S⁺.
 
-    A relative loss is averaged over the query's negatives (0 without any). Otherwise it is summed over them, plus the
-    same function of −S⁺. Negatives are in-batch and hard ones; merged columns are not counted with multiplicity.
+    It is averaged over the query's negatives (0 without any), which are in-batch and hard ones; merged columns are not
+    counted with multiplicity.
     """
 
     def __init_subclass__(cls) -> None:
@@ -114,7 +113,7 @@ class PairLoss(LossConfig):
         """Return the values of the loss and their gradients by the scores; a collective."""
         from bigdssm.losses.terms import pair_term
 
-        return pair_term(scores, self.value, self.relative)
+        return pair_term(scores, self.value)
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
@@ -146,16 +145,6 @@ class Triplet(PairLoss):
     def value(self, x: Tensor) -> Tensor:
         """Return max(0, x + margin)."""
         return (x + self.margin).relu()  # derivative 0 at the kink; clamp has 1 there, and takes 6 times as long
-
-
-@register_loss
-@dataclass(frozen=True)
-class Sigmoid(PairCE):
-    """Binary cross-entropy of positive versus negative documents (SigLIP)."""
-
-    relative: ClassVar[bool] = False
-
-    name: str = "sigmoid"
 
 
 @SAMPLINGS.register

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.config import LossConfig
-from bigdssm.losses.declarations import FPS, ListDistillation, ListwiseKL, MarginMSE, PairCE, Sigmoid, Softmax, Triplet
+from bigdssm.losses.declarations import FPS, ListDistillation, ListwiseKL, MarginMSE, PairCE, Softmax, Triplet
 from bigdssm.losses.inputs import LossBatch
 
 
@@ -78,8 +78,6 @@ def _value(
     match loss:
         case FPS() | Softmax():
             return torch.cat([own, negative], 1).masked_fill(unused, -torch.inf).logsumexp(1) - own[:, 0]
-        case Sigmoid():
-            return softplus(-own[:, 0]) + (softplus(negative) * used).sum(1)
         case PairCE():
             return mean(softplus(negative - own))
         case Triplet(margin=margin):

@@ -83,25 +83,19 @@ def _softmax_over_queries(scores: Scores, with_rows: bool) -> TermResult:
     )  # fmt: skip
 
 
-def pair_term(scores: Scores, value: Callable[[Tensor], Tensor], relative: bool) -> TermResult:
+def pair_term(scores: Scores, value: Callable[[Tensor], Tensor]) -> TermResult:
     """Compute a pairwise loss, `declarations.PairLoss`; a collective."""
     weight_m, positive_m, passes = scores.weight_m, scores.positive_m, scores.passes
     scale_m = torch.where(weight_m > 0, weight_m, 0.0)
-    if relative:  # the mean over the negatives
-        count_m = scores.used_mk.sum(1) + (0 if passes is None else passes.num_negatives_m)
-        scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
+    # the mean over the negatives
+    count_m = scores.used_mk.sum(1) + (0 if passes is None else passes.num_negatives_m)
+    scale_m = torch.where(count_m > 0, scale_m / count_m.clamp(min=1), 0.0)
     pairs, column_gradients = PairSums.zero(positive_m), None
     if passes is not None:
-        pairs, column_gradients = passes.pairs(value, relative, positive_m, scale_m)
-    x_mk = scores.candidate_mk - positive_m[:, None] if relative else scores.candidate_mk
-    value_mk, slope_mk = value_and_derivative(value, x_mk)
+        pairs, column_gradients = passes.pairs(value, positive_m, scale_m)
+    value_mk, slope_mk = value_and_derivative(value, scores.candidate_mk - positive_m[:, None])
     value_m = weighted(scale_m, pairs.value + value_mk.sum(1))
-    if relative:
-        grad_m = -weighted(scale_m, pairs.slope + slope_mk.sum(1))
-    else:
-        positive_value_m, positive_slope_m = value_and_derivative(value, -positive_m)
-        value_m = value_m + weighted(weight_m, positive_value_m)
-        grad_m = -weighted(weight_m, positive_slope_m)
+    grad_m = -weighted(scale_m, pairs.slope + slope_mk.sum(1))
     largest_m = torch.maximum(pairs.largest, _largest(scores.candidate_mk))
     best_m = torch.maximum(largest_m, positive_m)
     candidate_grad_mk = weighted(scale_m[:, None], slope_mk)

@@ -164,7 +164,7 @@ class Encoded(NamedTuple):
 
 
 class DualEncoder(nn.Module):
-    """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document or as a scalar.
+    """Query tower, document tower (one tower for a siamese schema), alpha, and beta per document.
 
     The last dimensions of both vectors are those of age, if a document feature is of this type (`models.age`).
 
@@ -205,7 +205,6 @@ class DualEncoder(nn.Module):
         if config.beta == "document":
             self.beta_head = nn.Linear(self.tower_dim, 1, bias=False)  # a common bias has no gradient in a softmax
             nn.init.zeros_(self.beta_head.weight)
-        self.beta = nn.Parameter(torch.full((1,), config.beta_init)) if config.beta == "scalar" else None
         self.age: AgeCoordinates | None = None
         if age is not None:
             self.age = AgeCoordinates(age.periods)
@@ -261,9 +260,6 @@ class DualEncoder(nn.Module):
                 W = torch.cat([W, self.age.of_documents(arrivals).to(W.dtype)], dim=1)
             if self.beta_head is not None:
                 beta = self.beta_head(output).squeeze(1)
-            elif self.beta is not None:
-                # shape[0], not len(): an export would fix the number of rows
-                beta = self.beta.float() + W.new_zeros(W.shape[0], dtype=torch.float32)
         return Encoded(U, W, beta, alpha)
 
     @torch.no_grad()

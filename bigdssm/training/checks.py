@@ -185,7 +185,7 @@ def check_tables(config: Config, name: StageName, model: DualEncoder) -> None:
 
 def model_difference(trained: Config, config: Config, omitted: tuple[str, ...] = ()) -> str | None:
     """Return the first key in which two model sections differ, except `omitted` ones and those of training alone."""
-    omitted += ("alpha_init", "alpha_learned", "beta_init")
+    omitted += ("alpha_init", "alpha_learned")
 
     def shape(declared: Config) -> dict[str, Any]:
         model = declared.to_dict()["model"]

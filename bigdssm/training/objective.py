@@ -55,9 +55,6 @@ class Objective:
         """
         self._stage, self._loss = stage, stage.loss
         self._normalize = model.score == "cosine"
-        # A relative loss cancels it: its gradient would be rounding noise, which Adam scales up to full steps.
-        self._scalar_beta = model.beta == "scalar"
-        self._without_beta = self._scalar_beta and stage.loss.relative
         self._operand = operand
         self._counted = (
             None
@@ -94,7 +91,7 @@ class Objective:
     def _on_vectors(self, encoded: Encoded, batch: Batch, weight: Tensor) -> LossOutput:
         assert encoded.U is not None and encoded.W is not None
         negatives, distillation = self._stage.negatives, self._stage.distillation
-        beta = None if self._without_beta else encoded.beta
+        beta = encoded.beta
         if self._loss.all_columns:
             # With a bias of log c for a column merged from c documents, the loss equals that of the unmerged batch,
             # and so is the same on any number of ranks.
@@ -137,7 +134,7 @@ class Objective:
                 return output
             # on the serving score, without corrections or masks: the teacher scores every candidate
             inputs = LossBatch(
-                *vectors, batch.positive, alpha=encoded.alpha, beta=None if self._scalar_beta else encoded.beta,
+                *vectors, batch.positive, alpha=encoded.alpha, beta=encoded.beta,
                 weight=weight, negatives=batch.negatives, teacher=batch.teacher,
             )  # fmt: skip
             return self._added(output, contrastive_loss(distillation, inputs, columns="none").loss)
@@ -154,9 +151,8 @@ class Objective:
         alpha, direction, temperature = encoded.alpha, self._loss.direction, distillation.temperature
         loss, values = distillation.build(), []
         if direction in ("q2d", "both"):
-            beta = None if self._scalar_beta else encoded.beta
             teacher = BatchTeacher(queries, documents, temperature)
-            values.append(loss(U, W, teacher, alpha=alpha, beta=beta, weight=weight, counts=batch.counts))
+            values.append(loss(U, W, teacher, alpha=alpha, beta=encoded.beta, weight=weight, counts=batch.counts))
         if direction in ("d2q", "both"):  # the queries of each positive; beta is constant and cancels
             positive = batch.positive
             teacher = BatchTeacher(documents[positive], queries, temperature)

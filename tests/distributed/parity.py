@@ -18,19 +18,14 @@ from .spawn import Pool
 Loss = Callable[..., Any]
 
 
-def run_rank(
-    rank: int, world_size: int, loss: Loss, shards: list[Shard], alpha: float, beta: float | None, arguments: Any
-) -> Any:
+def run_rank(rank: int, world_size: int, loss: Loss, shards: list[Shard], alpha: float, arguments: Any) -> Any:
     """Return the loss, the gradients of U, W, alpha, beta and the stats of one rank."""
     shard = shards[rank]
     U, W = shard.U.clone().requires_grad_(), shard.W.clone().requires_grad_()
     a = torch.tensor([alpha], dtype=DOUBLE if U.dtype == DOUBLE else torch.float32, requires_grad=True)
     optional = shard.arguments()
     given = None
-    if beta is not None:
-        given = torch.tensor([beta], dtype=DOUBLE, requires_grad=True)
-        optional["beta"] = given.expand(len(W))
-    elif shard.beta is not None:
+    if shard.beta is not None:
         given = optional["beta"] = shard.beta.clone().requires_grad_()
     out = loss(U, W, shard.positive, alpha=a, **optional, **arguments)
     out.loss.backward()
@@ -42,32 +37,23 @@ def run(
     loss: Loss,
     shards: list[Shard],
     alpha: float,
-    *,
-    beta: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, list[Any], Any]:
-    """Return the loss and the gradients, averaged over ranks.
-
-    `beta`: a single bias for all documents, in place of the shards' biases.
-    """
+    """Return the loss and the gradients, averaged over ranks."""
     R = len(shards)
-    call = (loss, shards, alpha, beta, arguments)
-    return mean_over_ranks(
-        pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)], one_beta=beta is not None
-    )
+    call = (loss, shards, alpha, arguments)
+    return mean_over_ranks(pools[R].run(run_rank, *call) if R > 1 else [run_rank(0, 1, *call)])
 
 
-def mean_over_ranks(results: list[Any], one_beta: bool = False) -> tuple[Tensor, list[Any], Any]:
-    """Average the results of `run_rank` over ranks; `one_beta`: all documents share one beta."""
+def mean_over_ranks(results: list[Any]) -> tuple[Tensor, list[Any], Any]:
+    """Average the results of `run_rank` over ranks."""
     R = len(results)
     value = torch.stack([r[0] for r in results]).mean()
     grads = [r[1] for r in results]
     U, W = (torch.cat([g[k] for g in grads]) / R for k in (0, 1))
     alpha_grad = torch.stack([g[2] for g in grads]).mean(0)
     beta_grad = None
-    if one_beta:
-        beta_grad = torch.stack([g[3] for g in grads]).mean(0)
-    elif grads[0][3] is not None:
+    if grads[0][3] is not None:
         beta_grad = torch.cat([g[3] for g in grads]) / R
     for r in results[1:]:
         assert r[2] == results[0][2], "the statistics are those of all ranks"

@@ -42,8 +42,8 @@ class Shard:
 Dense = tuple[Tensor, list[Tensor | None]]  # the loss, and the gradients of U, W, alpha, beta
 
 
-def concatenate(shards: list[Shard], alpha: float, one_beta: float | None = None) -> LossBatch:
-    """Concatenate all shards in float64; U, W, alpha and beta are leaves. one_beta: the beta of all columns."""
+def concatenate(shards: list[Shard], alpha: float) -> LossBatch:
+    """Concatenate all shards in float64; U, W, alpha and beta are leaves."""
     moved, rows, columns = [], 0, 0
     for shard in shards:
         known, negatives = shard.known, shard.negatives
@@ -58,8 +58,6 @@ def concatenate(shards: list[Shard], alpha: float, one_beta: float | None = None
     }
     for name in ("U", "W", "beta"):
         joined[name] = None if joined[name] is None else joined[name].to(DOUBLE).requires_grad_()
-    if one_beta is not None:
-        joined["beta"] = torch.tensor([one_beta], dtype=DOUBLE, requires_grad=True)
     return LossBatch(**joined, alpha=torch.tensor([alpha], dtype=DOUBLE, requires_grad=True))
 
 
@@ -71,9 +69,9 @@ def gradients(loss: Tensor, batch: LossBatch) -> Dense:
     return loss.detach(), [next(found) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
-def dense(loss: LossConfig, shards: list[Shard], alpha: float, one_beta: float | None = None, **options: str) -> Dense:
+def dense(loss: LossConfig, shards: list[Shard], alpha: float, **options: str) -> Dense:
     """Return the dense loss of the concatenated batch, and its gradients."""
-    batch = concatenate(shards, alpha, one_beta)
+    batch = concatenate(shards, alpha)
     return gradients(dense_loss(loss, batch, **options), batch)
 
 
@@ -82,11 +80,9 @@ def fps(shards: list[Shard], alpha: float, direction: str) -> Dense:
     return dense(FPS(direction=direction), shards, alpha)  # type: ignore[arg-type]
 
 
-def ranking(
-    loss: LossConfig, shards: list[Shard], alpha: float, in_batch: bool, one_beta: float | None = None
-) -> Dense:
+def ranking(loss: LossConfig, shards: list[Shard], alpha: float, in_batch: bool) -> Dense:
     """Return the dense loss over in-batch negatives and candidates."""
-    return dense(loss, shards, alpha, one_beta, columns="in_batch" if in_batch else "none")
+    return dense(loss, shards, alpha, columns="in_batch" if in_batch else "none")
 
 
 def make_shards(

@@ -236,7 +236,7 @@ def test_padding_on_the_left_is_encoded_as_it_is(pools: dict[int, Pool]) -> None
         torch.testing.assert_close(by_plan["chunks"][name], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [PairCE(), bigdssm.losses.Sigmoid()])
+@pytest.mark.parametrize("loss", [PairCE(), bigdssm.losses.Triplet()])
 def test_a_registered_loss_and_an_engine_of_one_encoder(loss: LossConfig) -> None:
     """Hard negatives; one encoder for both sides, called by a function; vectors from plain tensors."""
     torch.manual_seed(0)

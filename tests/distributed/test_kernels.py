@@ -44,7 +44,7 @@ def check(
     loss: Callable[..., Any] = fused_fps,
 ) -> dict[str, Tensor]:
     """Compare loss and gradients with the reference; return the statistics."""
-    found = mean_over_ranks(ranks[len(shards)].run(run_rank, loss, shards, alpha, None, {"direction": direction}))
+    found = mean_over_ranks(ranks[len(shards)].run(run_rank, loss, shards, alpha, {"direction": direction}))
     assert_parity(shards, alpha, found, reference.fps(shards, alpha, direction), tolerance)
     return found[2]
 
@@ -70,7 +70,7 @@ def test_equals_the_dense_reference(
         generator, [(140, 270)], 24, num_queries=60, num_docs=150, options=options, dtype=dtype
     )  # fmt: skip
     found = check(ranks, shards, 20.0, direction, tolerance, loss)
-    plain = run_rank(0, 1, fps_loss, shards, 20.0, None, {"direction": direction})[2]
+    plain = run_rank(0, 1, fps_loss, shards, 20.0, {"direction": direction})[2]
     assert {k: float(v) for k, v in found.items()} == pytest.approx(
         {k: float(v) for k, v in plain.items()}, rel=max(1e-4, tolerance / 10)
     )  # oneDNN rounds products of bfloat16 otherwise than Triton's interpreter
@@ -91,7 +91,7 @@ Backend = Callable[[Shard, float, str], Any]  # loss, gradients of U, W, alpha, 
 
 
 def by_torch(shard: Shard, alpha: float, direction: str) -> Any:
-    return run_rank(0, 1, partial(fps_loss, tile=16), [shard], alpha, None, {"direction": direction})
+    return run_rank(0, 1, partial(fps_loss, tile=16), [shard], alpha, {"direction": direction})
 
 
 def by_narrow_products(shard: Shard, alpha: float, direction: str) -> Any:
@@ -109,9 +109,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "torch":
         return by_torch
     pool = request.getfixturevalue("ranks")[1]
-    return lambda shard, alpha, direction: pool.run(
-        run_rank, fused_fps, [shard], alpha, None, {"direction": direction}
-    )[0]
+    return lambda shard, alpha, direction: pool.run(run_rank, fused_fps, [shard], alpha, {"direction": direction})[0]
 
 
 SCORES = {
@@ -196,4 +194,4 @@ def test_ranks_agree_on_the_kernels(ranks: Pools) -> None:
     """Their sums are reduced by other collectives than on the plain path."""
     shards = [Shard(unit(6, 4, k).float(), unit(6, 4, 9 + k).float(), torch.arange(6)) for k in range(2)]
     with pytest.raises(RankFailed, match="rank 0 has fps over all columns, both, by Triton kernels; rank 1 has"):
-        ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, None, {"direction": "both"})
+        ranks[2].run(run_rank, fused_on_rank_0, shards, 20.0, {"direction": "both"})

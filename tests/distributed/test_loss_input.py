@@ -96,7 +96,7 @@ def call_ranking(rank: int, world_size: int, bad: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, sigmoid, got 'hinge'"),
+        ({"loss": "hinge"}, "the loss must be one of fps, softmax, pair_ce, triplet, got 'hinge'"),
         ({"loss": FPS(direction="both")}, "direction must be one of q2d, got 'both'"),
         ({"in_batch": False}, "needs negatives, in_batch=True, or both"),
         ({"negatives": torch.zeros(M, 2)}, "negatives must be int64"),

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bigdssm.config import LossConfig
-from bigdssm.losses import LossInputError, PairCE, Sigmoid, Softmax, Triplet, fps_loss, ranking_loss
+from bigdssm.losses import LossInputError, PairCE, Softmax, Triplet, fps_loss, ranking_loss
 from bigdssm.losses.reference import dense_loss
 
 from . import reference
@@ -20,7 +20,7 @@ from .parity import assert_close, assert_parity, run, with_dense_mask
 from .reference import Shard, make_shards
 from .spawn import Pool
 
-LOSSES = (Softmax(), PairCE(), Triplet(margin=0.3), Sigmoid())
+LOSSES = (Softmax(), PairCE(), Triplet(margin=0.3))
 OPTIONS = ("beta", "neg_bias", "weight", "query_ids", "doc_ids", "shared", "known", "is_known", "times")
 
 
@@ -31,14 +31,13 @@ def check(
     alpha: float,
     in_batch: bool,
     tile: int | None,
-    beta: float | None = None,
     tolerance: float = 1e-10,
     matrix: bool = False,
 ) -> None:
-    expected = reference.ranking(loss, shards, alpha, in_batch, one_beta=beta)
+    expected = reference.ranking(loss, shards, alpha, in_batch)
     arguments = {"in_batch": in_batch, "tile": tile}
     called = partial(ranking_loss, loss)
-    found = run(pools, partial(with_dense_mask, called) if matrix else called, shards, alpha, beta=beta, **arguments)
+    found = run(pools, partial(with_dense_mask, called) if matrix else called, shards, alpha, **arguments)
     assert_close(found[0], expected[0], min(tolerance, 1e-5), "loss")  # never rounded to bfloat16, as gradients are
     assert_parity(shards, alpha, found, expected, tolerance)
 
@@ -66,7 +65,6 @@ def batches(draw: st.DrawFn) -> dict[str, Any]:
         "alpha": draw(st.sampled_from([0.5, 20.0])),
         "in_batch": in_batch,
         "tile": tile,
-        "beta": draw(st.sampled_from([None, -0.7])) if isinstance(loss, Sigmoid) else None,
         "matrix": draw(st.booleans()),
     }
 
@@ -88,15 +86,13 @@ def test_equals_dense_reference(pools: dict[int, Pool], batch: dict[str, Any]) -
 def test_each_loss_and_source_of_negatives(
     pools: dict[int, Pool], loss: LossConfig, given_negatives: bool, in_batch: bool
 ) -> None:
-    options = {"neg_bias", "weight", "query_ids", "doc_ids", "known", "shared"}
+    options = {"beta", "neg_bias", "weight", "query_ids", "doc_ids", "known", "shared"}
     options |= {"negatives"} if given_negatives else set()
-    options |= {"beta"} if not isinstance(loss, Sigmoid) else set()
-    beta = -0.7 if isinstance(loss, Sigmoid) else None
     generator = torch.Generator().manual_seed(4)
     shards = make_shards(
         generator, [(7, 12), (0, 0), (9, 11)], 6, num_queries=6, num_docs=15, options=frozenset(options)
     )
-    check(pools, loss, shards, 5.0, in_batch, 4, beta)
+    check(pools, loss, shards, 5.0, in_batch, 4)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

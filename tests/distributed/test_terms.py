@@ -158,8 +158,8 @@ def test_unregistered_and_duplicate_names_are_refused(folder: Path) -> None:
             load_config(folder / "config.yaml", [*OVERRIDES, "sft.loss.direction=both"])
         with pytest.raises(ValueError, match=r"there is a loss named 'squared': outside_terms\.Squared"):
             register_loss(type("Other", (PairCE,), {"name": "squared"}))
-    with pytest.raises(ValueError, match="there is a loss named 'sigmoid'"):
-        register_loss(type("Other", (PairCE,), {"name": "sigmoid"}))
+    with pytest.raises(ValueError, match="there is a loss named 'triplet'"):
+        register_loss(type("Other", (PairCE,), {"name": "triplet"}))
 
 
 def outside_loss(rank: int, world_size: int, folder: Path, overrides: list[str]) -> tuple[float, float]:

@@ -243,22 +243,6 @@ def test_existing_hard_negatives_are_used_and_missing_files_refused(
         pools[1].run(small_run.run, config, own, overrides, "sft", True)
 
 
-@pytest.mark.slow
-def test_a_scalar_beta_waits_for_the_sigmoid_loss(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
-    """It is constant in pretraining, whose softmax it cancels in."""
-    model = ("model.beta=scalar", "model.beta_init=-3.0", "model.score=dot", "model.alpha_init=1.0")
-    overrides = (*model, "sft={loss: {name: sigmoid}, negatives: {hard: 3}}")
-    for ranks in (1, 3):
-        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides)
-        pools[ranks].run(small_run.run, config, tmp_path / f"{ranks}", overrides, "sft")
-    for stage in ("pretrain", "sft"):
-        assert_same_curve(tmp_path / "3", tmp_path / "1", stage=stage)
-    assert weights(tmp_path / "1")["beta"].tolist() == [-3.0]
-    moved = [merged(tmp_path / ranks / "sft/checkpoints/step-00000004")["beta"] for ranks in ("1", "3")]
-    torch.testing.assert_close(moved[0], moved[1], rtol=1e-5, atol=1e-5)
-    assert abs(float(moved[0]) + 3) > 1e-4
-
-
 @pytest.mark.parametrize(
     ("stops", "mode"),
     [

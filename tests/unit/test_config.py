@@ -399,8 +399,6 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.loss.position_bias_lr=-1", ["pretrain.loss.position_bias_lr", "at least 0"]),
         ("pretrain.loss.widths=[48, 48]", ["pretrain.loss.widths", "[48, 48]", "distinct numbers"]),
         ("pretrain.loss.widths=[9999]", ["pretrain.loss.widths", "below model.dim"]),
-        ("sft.loss.name=sigmoid", ["model.beta", "got none", "needs scalar", "sft.loss.name"]),
-        ("model.beta=scalar", ["model.beta", "got scalar", "only in sigmoid losses"]),
         ("pretrain.save_every_minutes=-1", ["pretrain.save_every_minutes", "at least 0"]),
         ("pretrain.keep_checkpoints=0", ["pretrain.keep_checkpoints", "at least 1"]),
         ("nothing", ["nothing", "key=value"]),

@@ -93,12 +93,12 @@ class ScorePasses:
         return rows, sums
 
     def pairs(
-        self, value: Callable[[Tensor], Tensor], relative: bool, positive_m: Tensor, scale_m: Tensor
+        self, value: Callable[[Tensor], Tensor], positive_m: Tensor, scale_m: Tensor
     ) -> tuple[PairSums, GradientSums | None]:
         """Return the sums of a pairwise loss over the columns, and the sums over G = scale · derivative."""
         columns, sums = self.columns, self._new_sums()
         matrix, counts_N = self._matrix(columns.beta, columns.neg_bias), columns.negative_counts()
-        return pairwise_pass(matrix, value, relative, positive_m, scale_m, counts_N, sums), sums
+        return pairwise_pass(matrix, value, positive_m, scale_m, counts_N, sums), sums
 
     def log_sums(self, with_rows: bool) -> LogSums:
         """Return the column log-sum-exps and, if `with_rows`, the row log-sum-exps; a collective."""

@@ -461,12 +461,12 @@ class PairSums:
 
 
 def pairwise_pass(
-    matrix: ScoreMatrix, value: Callable[[Tensor], Tensor], relative: bool, positive_m: Tensor, scale_m: Tensor,
+    matrix: ScoreMatrix, value: Callable[[Tensor], Tensor], positive_m: Tensor, scale_m: Tensor,
     counts_N: Tensor, sums: GradientSums | None,
 ) -> PairSums:  # fmt: skip
     """Return the sums over the unmasked columns; add scale · count · derivative, as G, to `sums`.
 
-    value: the loss of a score, minus that of the positive if `relative`.
+    value: the loss of a score minus that of the positive.
     """
     result, dtype = PairSums.zero(positive_m), matrix.acc
     # a tile has scores, values and derivatives
@@ -479,8 +479,7 @@ def pairwise_pass(
         for tile, W_cD, S_rc in matrix.tiles(block, buffer):
             block.mask.drop(S_rc, tile)
             torch.maximum(result.largest[rows], S_rc.amax(1).double(), out=result.largest[rows])
-            if relative:
-                S_rc -= positive_m1[rows]
+            S_rc -= positive_m1[rows]
             value_rc, slope_rc = value_and_derivative(value, S_rc)
             counts_c = counts_N[tile]
             result.value[rows] += torch.mv(value_rc, counts_c)

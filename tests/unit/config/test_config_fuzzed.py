@@ -76,7 +76,7 @@ TOGETHER = [  # values that are invalid or have no effect without others
     ["STAGE.loss.name=softmax", "STAGE.negatives.hard=2", "STAGE.negatives.mining={first: 0, last: 4}"],
     ["STAGE={loss: {name: pair_ce}, negatives: {in_batch: false, hard: 2, mining: {first: 1, last: 9}}}"],
     ["STAGE={loss: {name: triplet}, negatives: {in_batch: false, hard: 1, mining: {first: 1, last: 3}}}"],
-    ["STAGE.loss.name=sigmoid", "model.beta=scalar"],
+    ["STAGE.loss.name=pair_ce", "model.beta=document"],
     ["STAGE={sampling: {name: corrected, frequency: streaming, frequency_buckets: 16}}"],
     ["STAGE={sampling: {name: corrected}, negatives: {uniform: 5}, loss: {direction: both}}"],
     ["STAGE.loss.widths=[4, 2]", "model.score=dot"],

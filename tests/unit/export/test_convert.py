@@ -56,8 +56,6 @@ MODELS = {
     "dot with beta, one encoder": {"score": "dot", "share_text": True},
     "dot without beta": {"score": "dot", "beta": "none", "doc": {"text": {"pooling": "cls"}}},
     "cosine with beta": {"score": "cosine", "beta": "document"},
-    "dot with one beta": {"score": "dot", "beta": "scalar", "beta_init": -3.0},
-    "cosine with one beta": {"score": "cosine", "beta": "scalar", "beta_init": -3.0},
     "the text's own vector": {
         "score": "cosine",
         "beta": "none",
@@ -98,12 +96,10 @@ def make_source(tokenizer_dir: Path) -> Any:
         towers = {side: {"mlp": [10], **settings.pop(side, {})} for side in ("query", "doc")}
         for tower in towers.values():
             tower["text"] = {"layers": 1, "hidden": 8, **tower.get("text", {})}
-        sft = {"loss": {"name": "sigmoid"}} if settings.get("beta") == "scalar" else {}
         content = {
             "run": {"dir": "r"},
             "data": {"dir": "d", **sides},
             "model": {"dim": 6, **settings, **towers},
-            "sft": sft,
         }
         path = tokenizer_dir.with_name("config.yaml")
         path.write_text(yaml.safe_dump(content))
@@ -496,7 +492,7 @@ def test_a_stages_best_brings_its_figures(make_source: Any, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "feature"), [("dot with beta, one encoder", "embedding"), ("cosine with one beta", 'any "text" of it')]
+    ("name", "feature"), [("dot with beta, one encoder", "embedding"), ("cosine with beta", 'any "text" of it')]
 )
 def test_onnx_scores_as_the_trainer(
     make_source: Any, name: str, feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

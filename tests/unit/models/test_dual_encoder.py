@@ -161,15 +161,11 @@ def test_a_residual_is_no_longer_than_its_limit() -> None:
         model(doc=limited, tables=TablesConfig(rows=("doc.item",)))
 
 
-def test_beta_is_per_document_one_for_all_or_none() -> None:
+def test_beta_is_per_document_or_none() -> None:
     documents = doc([[1, 2], [3, 0], [4, 0]], [[2, 3], [0, 0], [2, 0]])
-    scalar = model(beta="scalar", beta_init=-4.0)
-    beta = scalar(doc=documents).beta
-    assert beta.tolist() == [-4.0] * 3
-    beta.sum().backward()
-    assert scalar.beta.grad.tolist() == [3.0]
-    assert model(beta="none")(doc=documents).beta is None
-    assert model().beta is None and model(beta="scalar").beta_head is None
+    per_document = model(beta="document")
+    assert per_document(doc=documents).beta.shape == (3,) and per_document.beta_head is not None
+    assert model(beta="none")(doc=documents).beta is None and model(beta="none").beta_head is None
 
 
 def test_shared_text_is_one_encoder() -> None:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from bigdssm.checkpoints.model_folder import load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.commands import __main__ as command
-from bigdssm.config import Config, load_config
+from bigdssm.config import Config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError, DataError
 from bigdssm.loader import step_plan
@@ -25,7 +25,6 @@ from bigdssm.retrieval.index import Index, build_index, open_index
 from bigdssm.retrieval.index_types import INDEX_TYPES, AllowedDocuments
 from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta, write_meta, write_vectors
-from tests.unit.conftest import SMALL, random_model
 
 
 @pytest.fixture(scope="module")
@@ -59,28 +58,6 @@ def test_top_k_of_the_index_is_by_the_score(
     found_scores, found_rows = open_index(index_dir).nearest(queries, 10, load_model_folder(model_dir).checksum)
     np.testing.assert_array_equal(found_rows, best_rows.numpy())
     np.testing.assert_allclose(found_scores, best.numpy(), rtol=1e-5, atol=1e-5)
-
-
-def test_a_scalar_beta_is_in_the_score_and_changes_no_ranking(
-    tiny_interactions: Any, dataset: Dataset, tmp_path: Path
-) -> None:
-    """End to end: model folder, vectors and index."""
-    overrides = [f"model.{override}" for override in SMALL] + ["model.beta=scalar", "sft.loss.name=sigmoid"]
-    config = load_config(tiny_interactions.config, overrides)
-    save_model_folder(
-        tmp_path / "m", random_model(config, dataset, 1), config, dataset.schema, dataset.tokenizer_dir, {}
-    )
-    folder = load_model_folder(tmp_path / "m")
-    encoders = tower_encoders(folder.model, dataset)
-    write_vectors(tmp_path / "vectors", encoders, dataset, folder.checksum)
-    build_index(tmp_path / "vectors", tmp_path / "index")
-    queries = encoders.queries(next(dataset.iterate("test", 40))).numpy()
-    scores, rows = open_index(tmp_path / "index").nearest(queries, 10, folder.checksum)
-    without, same_rows = open_index(tmp_path / "index").nearest(queries * ([1.0] * 8 + [0.0]), 10, folder.checksum)
-    np.testing.assert_array_equal(rows, same_rows)
-    beta = float(folder.model.beta.detach())
-    assert beta < -5
-    np.testing.assert_allclose(scores, without + beta, rtol=1e-5, atol=1e-5)
 
 
 def test_vectors_do_not_depend_on_the_chunks_they_were_encoded_in(

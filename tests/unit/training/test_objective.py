@@ -17,7 +17,6 @@ from bigdssm.losses import (
     LossBatch,
     MarginMSE,
     PairCE,
-    Sigmoid,
     Softmax,
     Triplet,
     contrastive_loss,
@@ -152,14 +151,6 @@ def test_candidates_are_masked_by_each_querys_past() -> None:
     right = torch.nn.functional.cross_entropy(scores, targets, reduction="none")[INDICATOR > 0]
     assert masked == pytest.approx(float(right.mean()), rel=1e-12)
     assert unmasked > masked
-
-
-def test_a_scalar_beta_takes_part_in_the_sigmoid_only() -> None:
-    model = ModelConfig(score="dot", beta="scalar")
-    assert loss(stage(), model) == pytest.approx(fps(beta=None), rel=1e-12)
-    sigmoid = ranking_loss(Sigmoid(), U, W, POSITIVE, alpha=2.0, beta=BETA, weight=INDICATOR, in_batch=True,
-                           negatives=BATCH.negatives, **IDS).loss  # fmt: skip
-    assert loss(stage(Sigmoid()), model) == pytest.approx(float(sigmoid), rel=1e-12)
 
 
 TEACHER = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.0, np.nan], [np.nan, 1.0, 2.0], [0.5, 3.0, -1.0]])
