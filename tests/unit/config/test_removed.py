@@ -13,7 +13,7 @@ import yaml
 
 import bigdssm
 from bigdssm.checkpoints.checkpoint import MANIFEST
-from bigdssm.checkpoints.model_folder import load_checkpoint_model, load_model_folder, save_model_folder
+from bigdssm.checkpoints.model_folder import META_FILE, load_checkpoint_model, load_model_folder, save_model_folder
 from bigdssm.config import Config, config_from, load_config, load_written_config
 from bigdssm.config.removed import REMOVED_KEYS, REMOVED_VALUES, RemovedValue, check_removed, without_former_defaults
 from bigdssm.dataset.dataset import Dataset
@@ -112,10 +112,17 @@ def test_a_model_folder_of_an_earlier_version_loads(
     dataset = Dataset.open(tiny_pairs.dir)
     model = new_model(config.model, dataset.schema, dataset.vocab_size)
     save_model_folder(tmp_path / "best", model, config, dataset.schema, dataset.tokenizer_dir, {"stage": "pretrain"})
-    written = tmp_path / "best" / "config.yaml"
-    written.write_text(yaml.safe_dump(with_key(config, key, REMOVED_KEYS[key].default)))
+
+    def write(content: dict[str, Any]) -> None:
+        """Write the config as an earlier version did, with the checksum of its model section."""
+        (tmp_path / "best" / "config.yaml").write_text(yaml.safe_dump(content))
+        file = tmp_path / "best" / META_FILE
+        meta = json.loads(file.read_text())
+        file.write_text(json.dumps({**meta, "config_checksum": json_checksum([content["model"], ()])}))
+
+    write(with_key(config, key, REMOVED_KEYS[key].default))
     assert load_model_folder(tmp_path / "best").config == config
-    written.write_text(yaml.safe_dump(with_key(config, key, 9)))
+    write(with_key(config, key, 9))
     with pytest.raises(CheckpointError, match=f"{key}: got 9, needs no such key"):
         load_model_folder(tmp_path / "best")
 
