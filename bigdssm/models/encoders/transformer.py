@@ -58,16 +58,8 @@ def _attend(
     return attended.unsqueeze(0), None
 
 
-def _mask(attention_mask: Tensor | None = None, **further: Any) -> Tensor | None:
-    """Return the SDPA mask, or None for packed texts."""
-    if attention_mask is None:
-        return None
-    mask: Tensor | None = sdpa_mask(attention_mask=attention_mask, **further)
-    return mask
-
-
 AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class TransformerEncoder(TextEncoder):
@@ -177,10 +169,16 @@ class TransformerEncoder(TextEncoder):
 
     def _packed(self, tokens: Packed, skip: int) -> Tensor:
         """Return [R, dim]; a text without tokens counts as zeros: its padded vector would depend on the kernel."""
+        # Without a mask, transformers reads from the device whether the positions are those of one text; it uses one of
+        # four dimensions as it is, and `_attend` needs none.
+        no_mask = torch.empty((1, 1, 0, 0), dtype=torch.bool, device=tokens.values.device)
         hidden: Tensor = self.transformer(
-            input_ids=tokens.values.unsqueeze(0), position_ids=(tokens.position + self.first_position).unsqueeze(0),
-            packed_attention=self.packed_attention, **tokens.bounds._asdict(),
-        ).last_hidden_state[0]  # fmt: skip
+            input_ids=tokens.values.unsqueeze(0),
+            position_ids=(tokens.position + self.first_position).unsqueeze(0),
+            attention_mask=no_mask,
+            packed_attention=self.packed_attention,
+            **tokens.bounds._asdict(),
+        ).last_hidden_state[0]
         offsets, lengths = tokens.bounds.offsets.long(), tokens.lengths
         if self.pooling == "mean":
             if skip:
