@@ -7,6 +7,7 @@
 # Real data for some tests is looked for in $BIGDSSM_SHARED, then in ../shared; without it they are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # compiled once: every worker, rank and command of the tests imports 2,000 modules
 . launch/setup_env.sh
 
 full=0
