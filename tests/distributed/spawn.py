@@ -18,6 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests import forks
+
 LATE_S = 5.0  # time for other ranks to fail after the first: ranks that raised need not be restarted
 
 
@@ -32,9 +34,7 @@ class Pool:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         # libraries read the environment when they are imported: without a change of it they are imported already
-        context: Any = mp.get_context("spawn" if environment else "forkserver")
-        if not environment:
-            context.set_forkserver_preload(["tests.distributed.preload"])
+        context = mp.get_context("spawn") if environment else forks.context
         self._results = context.Queue()
         self._tasks = [context.Queue() for _ in range(world_size)]
         extra = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}

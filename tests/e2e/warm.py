@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import time
@@ -13,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bigdssm.distributed import free_port
+from tests import forks
 from tests.faults import sitecustomize as faults
 
 ROOT = Path(__file__).resolve().parents[2]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["bigdssm.commands._stage", "bigdssm.training.stages"])
 
 
 class Command:
@@ -34,7 +32,7 @@ class Command:
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **of_rank} if ranks > 1 else {}
             variables = {key: str(value) for key, value in {**group, faults.VARIABLE: fault, **(env or {})}.items()}
             argv = [str(argument) for argument in arguments]
-            process = _context.Process(target=_run, args=(stage, argv, variables, str(self._log)))
+            process = forks.context.Process(target=_run, args=(stage, argv, variables, str(self._log)))
             process.start()
             self.ranks.append(process)
 
