@@ -1,8 +1,21 @@
-"""Small datasets, built once per test session by the real ingestion."""
+"""Small datasets, built once per test session by the real ingestion; and the command that repeats a failed test.
+
+Groups of tests, by folder and by marker:
+
+- unit/: one module of the library per file, in process.
+- distributed/: one to three ranks, forked from a process that has imported everything and kept in pools
+  (`distributed/conftest.py`); the reference of the losses, exact resumes, kernels.
+- e2e/: command lines as a user starts them; servers, killed processes, pages.
+- `slow`: only in `tests/run.sh --full`. `alone`: measures time or memory, runs after the others in one process.
+- `gpu`: skipped without a CUDA device.
+
+A module that is imported by several test files has no `test_` in its name.
+"""
 
 import csv
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +99,17 @@ class QuietServer(ThreadingHTTPServer):
 def pick(*key: object, below: int) -> int:
     """Return a number in [0, below), a function of `key`."""
     return hash64("/".join(map(str, key))) % below
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print per failed test the command that repeats it alone."""
+    failed = terminalreporter.stats.get("failed", []) + terminalreporter.stats.get("error", [])
+    for report in failed:
+        terminalreporter.write_line(f"repeat: {repeat_command(report.nodeid)}")
+
+
+def repeat_command(nodeid: str) -> str:
+    return f"OMP_NUM_THREADS=1 python -m pytest {shlex.quote(nodeid)}"
 
 
 @pytest.fixture(scope="session")

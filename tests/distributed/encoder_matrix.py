@@ -14,13 +14,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from bigdssm.cluster.metrics import read_stage
 from tests.encoders import FAMILIES, LORA, write_pairs
 
 from . import small_run
 from .conftest import Pools
-from .test_text_encoders import AGAIN, BF16, CHUNKS, losses
 
 LIMITS = {"fp32": 1e-5, "bf16": 0.02}  # relative difference of a step's loss
+CHUNKS, AGAIN, BF16 = "engine.chunk_tokens=60", "engine.checkpoint_activations=true", "engine.precision=bf16"
 
 
 def main() -> int:
@@ -53,6 +56,11 @@ def compare(family: str, folder: Path, ranks: list[int], pools: Pools) -> int:
             different += verdict != "equal"
             print(family, f"{number} ranks", *modes, *model, f"{error:.1e}", verdict, flush=True)
     return different
+
+
+def losses(run_dir: Path) -> torch.Tensor:
+    records = read_stage(run_dir / "pretrain")
+    return torch.tensor([record["loss"] for record in records if "loss" in record])
 
 
 if __name__ == "__main__":

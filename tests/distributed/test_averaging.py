@@ -13,8 +13,8 @@ from bigdssm.errors import ConfigError
 from bigdssm.training.checks import check_stage
 
 from . import small_run
+from .compared_runs import common
 from .spawn import Pool
-from .test_training import common
 
 
 @pytest.fixture(scope="module")

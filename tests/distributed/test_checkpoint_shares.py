@@ -23,6 +23,7 @@ from bigdssm.errors import BigDSSMError
 from bigdssm.training.optimizers import AdamW
 
 from . import small_run
+from .compared_runs import assembled
 from .spawn import Pool
 
 BLOCK = 1024  # the files have tens of kB
@@ -146,17 +147,6 @@ def test_each_rank_writes_and_reads_its_share(tmp_path: Path, pools: dict[int, P
         assert len(end) == 3 * 3 and not any("frozen" in name for name in end)  # weights and states that are trained
         assert not torch.equal(end["matrix.weight"], begin["matrix.weight"])
         before, saved = written, end
-
-
-def assembled(pieces: list[TensorPiece]) -> dict[str, torch.Tensor]:
-    """Assemble whole tensors from the pieces of all ranks, which must be complete and disjoint."""
-    found: dict[str, list[torch.Tensor]] = {}
-    for piece in sorted(pieces, key=lambda piece: (piece.name, piece.first)):
-        parts = found.setdefault(piece.name, [])
-        assert piece.first == sum(len(part) for part in parts), piece.name
-        parts.append(piece.values)
-    shapes = {piece.name: piece.shape for piece in pieces}
-    return {name: torch.cat(parts).view(shapes[name]) for name, parts in found.items()}
 
 
 def saved_twice(rank: int, world_size: int, folder: Path, struck: int, in_background: bool) -> tuple[str, bool]:

@@ -29,9 +29,9 @@ from bigdssm.training.refresh import ItemContents
 from bigdssm.training.trainer import Trainer
 
 from . import small_run
+from .compared_runs import common, merged, stop_after
 from .parity import assert_close
 from .spawn import Pool
-from .test_training import common, merged, stop_after
 
 DOCS, ROWS, D = 41, 30, 6
 ALPHA = 7.0

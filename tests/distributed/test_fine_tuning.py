@@ -23,8 +23,8 @@ from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
 from tests.hard_negatives import write_hard_negatives
 
 from . import small_run
+from .compared_runs import assert_same_curve, write_dataset_with_two_rates
 from .spawn import Pool, RankFailed
-from .test_training import assert_same_curve, config, reference  # noqa: F401, fixtures
 
 AGAIN = ("sft.steps=8", "sft.negatives.mining.every_steps=3", "sft.save_every_steps=2", "sft.keep_checkpoints=2")
 
@@ -33,7 +33,7 @@ class Stopped(Exception):
     """Raised on every rank, so that nothing is done at the end of the run."""
 
 
-def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:  # noqa: F811
+def break_off(rank: int, world_size: int, config: Path, run_dir: Path, overrides: tuple[str, ...], step: int) -> None:
     """Fine-tune, and stop in `step`."""
     from bigdssm.training import trainer
 
@@ -71,7 +71,20 @@ def break_off_while_writing(rank: int, world_size: int, *args: Any) -> None:
         CheckpointStore._write = original  # type: ignore[method-assign]
 
 
-def start(reference: Path) -> str:  # noqa: F811
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset_with_two_rates(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> Path:
+    """One rank, ZeRO 1, float32, without chunks."""
+    run_dir = tmp_path_factory.mktemp("reference")
+    pools[1].run(small_run.run, config, run_dir)
+    return run_dir
+
+
+def start(reference: Path) -> str:
     return f"sft.init={reference / 'pretrain' / 'best'}"
 
 
@@ -81,7 +94,7 @@ def hard_negative_files(run_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def refreshing_run(
-    config: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]  # noqa: F811
+    config: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]
 ) -> Path:  # fmt: skip
     """One rank, never interrupted: mined before the steps 0, 3 and 6 of 8."""
     run_dir = tmp_path_factory.mktemp("refreshing_run")
@@ -91,7 +104,7 @@ def refreshing_run(
 
 @pytest.mark.slow
 def test_refreshed_negatives_use_the_weights_of_their_step(
-    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:  # fmt: skip
     """On any number of ranks. Files that no checkpoint needs are removed."""
     names = [f"mined_negatives.step-0000000{step}.npy" for step in (3, 6)]
@@ -110,7 +123,7 @@ def test_refreshed_negatives_use_the_weights_of_their_step(
 
 @pytest.mark.slow
 def test_a_run_that_refreshes_negatives_resumes_exactly(
-    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:  # fmt: skip
     """Between two minings, and just where it is mined: then from the same weights, the file being there or not.
 
@@ -138,7 +151,7 @@ def test_a_run_that_refreshes_negatives_resumes_exactly(
 
 
 def test_negatives_of_a_checkpoint_are_retained_during_its_write(
-    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:  # fmt: skip
     """The checkpoint of step 2 needs the file mined at step 0, and is being written during the mining at step 3."""
     pools[1].run(break_off_while_writing, config, tmp_path, (start(reference), *AGAIN), 3)
@@ -146,7 +159,7 @@ def test_negatives_of_a_checkpoint_are_retained_during_its_write(
     assert hard_negative_files(tmp_path) == [f"mined_negatives.step-0000000{step}.npy" for step in (0, 3)]
 
 
-def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given: tuple[str, ...]) -> None:  # noqa: F811
+def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given: tuple[str, ...]) -> None:
     """The distillation loss decreases, with the same curve on any number of ranks."""
     overrides = (*given, "sft.steps=12", "sft.optimizer.lr=0.01")
     for ranks in (1, 2):
@@ -159,7 +172,7 @@ def assert_is_followed(config: Path, folder: Path, pools: dict[int, Pool], given
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fps, direction: both", "softmax"])
 def test_teacher_vectors_are_learned_on_any_number_of_ranks(
-    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str  # noqa: F811
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool], name: str
 ) -> None:  # fmt: skip
     """A teacher that ranks documents by number, over the global batch, on any number of ranks and chunks."""
     dataset = Dataset.open(load_config(config).data.dir)
@@ -183,7 +196,7 @@ def test_teacher_vectors_are_learned_on_any_number_of_ranks(
     ids=["fps and kl", "pair_ce and margin_mse"],
 )  # fmt: skip
 def test_teacher_scores_are_learned_on_any_number_of_ranks(
-    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool], loss: str  # noqa: F811
+    config: Path, reference: Path, refreshing_run: Path, tmp_path: Path, pools: dict[int, Pool], loss: str
 ) -> None:  # fmt: skip
     """A teacher that ranks documents by number: the distillation loss decreases on any number of ranks."""
     dataset = Dataset.open(load_config(config).data.dir)
@@ -198,7 +211,7 @@ def test_teacher_scores_are_learned_on_any_number_of_ranks(
 
 @pytest.mark.slow
 def test_a_position_bias_is_exact_on_any_number_of_ranks(
-    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]  # noqa: F811
+    config: Path, reference: Path, tmp_path: Path, pools: dict[int, Pool]
 ) -> None:  # fmt: skip
     """At ZeRO 3, in chunks and after a resume; it is in checkpoints, and in no model folder."""
     dataset = Dataset.open(load_config(config).data.dir)

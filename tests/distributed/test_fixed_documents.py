@@ -22,8 +22,8 @@ from bigdssm.retrieval.vectors import write_vectors
 from bigdssm.training.estimate import estimate
 
 from . import small_run
+from .compared_runs import assert_same_curve, stop_after, weights
 from .spawn import Pool, RankFailed
-from .test_training import assert_same_curve, stop_after, weights
 
 CHUNKS = ("engine.chunk_tokens=150", "engine.keep_graph_tokens=0")
 LIGHTER = ("model.query.history.layers=2", "model.query.mlp=[8]", "model.query.residual=null")

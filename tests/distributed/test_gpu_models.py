@@ -20,10 +20,10 @@ from bigdssm.models import QueryPositions, compile_layers, use_packing
 from bigdssm.models.packed import flash_attention
 from tests.faults import sitecustomize as faults
 from tests.packing import within_rows
-from tests.unit.models.test_packed import gradients, model, never_packed, vectors
+from tests.unit.models.packed_models import gradients, model, never_packed, vectors
 
 from . import small_run
-from .test_gradient_cache import share_of
+from .small_model import share_of
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"

@@ -21,10 +21,9 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.loader.stream import PairStream
 
 from . import small_run
-from .spawn import Pool, RankFailed
-from .test_checkpoint_shares import assembled
-from .test_training import (
+from .compared_runs import (
     STREAMING,
+    assembled,
     assert_same_tensors,
     common,
     merged,
@@ -32,6 +31,8 @@ from .test_training import (
     stop_after,
     weights,
 )
+from .small_run import append_day2
+from .spawn import Pool, RankFailed
 
 STEPS, NEW_STEPS = 12, 6
 ALWAYS = (*STREAMING, "debug.log_row_ids=true")
@@ -51,22 +52,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory, pools: dict[int, Pool]) -> t
     pools[2].run(small_run.run, config, run_dir, (*ALWAYS, "pretrain.save_every_steps=8"))
     append_day2(config)
     return config, run_dir
-
-
-def append_day2(config: Path) -> None:
-    """Append the partition `day2`, with new users, items and genres, to the dataset of a config."""
-    folder = config.parent
-    items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
-    users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
-    events = ["user_id\titem_id\ttimestamp"]
-    for user in range(30):
-        for time in range(9):
-            item = f"new{(user + time) % 7}" if time % 2 else f"i{(3 * user + time) % small_run.NUM_ITEMS}"
-            events.append(f"{'uv'[user % 2]}{user}\t{item}\t{100 + time}")
-    for name, lines in (("items2", items), ("users2", users), ("events2", events)):
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    tables = InteractionTables(folder / "events2.tsv", folder / "items2.tsv", folder / "users2.tsv")
-    make_interactions(load_config(config).data, tables, IngestTarget(folder / "dataset", "day2", append=True))
 
 
 def known_rows(best: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:

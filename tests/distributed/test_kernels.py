@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bigdssm.losses import fps_loss
-from tests.unit.losses.test_contrastive_numerics import NarrowProducts, unit
+from tests.unit.losses.numerics import NarrowProducts, unit
 
 from . import reference
 from .conftest import Pools

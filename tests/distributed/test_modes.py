@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from . import small_run
+from .compared_runs import assert_same_weights, weights
 from .spawn import Pool
-from .test_training import assert_same_weights, weights
 
 STEPS = ("pretrain.steps=30", "pretrain.optimizer.warmup_steps=5")
 FEW_STEPS = ("pretrain.steps=8", "pretrain.optimizer.warmup_steps=3")  # bfloat16 is emulated on many processors

@@ -16,8 +16,8 @@ from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.utils.hashing import hash64
 
 from . import small_run
+from .compared_runs import stop_after
 from .spawn import Pool, RankFailed
-from .test_training import stop_after
 
 STEPS = 6
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from . import real_data, small_run
+from .compared_runs import assert_same_curve, assert_same_weights
 from .spawn import Pool
-from .test_training import assert_same_curve, assert_same_weights
 
 pytestmark = pytest.mark.slow
 STEPS = 30

@@ -11,8 +11,8 @@ from bigdssm.export.convert import export, stage_source
 from bigdssm.export.formats import PARITY_LIMIT
 
 from . import small_run
+from .compared_runs import assert_same_weights
 from .spawn import Pool
-from .test_training import assert_same_weights
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from bigdssm.tables.files import MappedTables
 from bigdssm.training.estimate import estimate
 
 from . import small_run
+from .compared_runs import assert_same_curve, stop_after
+from .small_run import append_day2
 from .spawn import Pool, RankFailed
 from .table_matrix import LIMIT, NUMBERS, modes_of, run
-from .test_growth import append_day2
-from .test_training import assert_same_curve, stop_after
 
 SHARDED = ("model.tables.sharding=rows", "pretrain.table_optimizer={name: rowwise_adagrad, lr: 0.05}")
 DRAWN = (*SHARDED, "pretrain.negatives.uniform=9", "model.tables.id_dropout=0.1")

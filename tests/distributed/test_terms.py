@@ -35,7 +35,7 @@ from bigdssm.losses import (
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 from bigdssm.training.start import forbidden_change
-from tests.unit.test_config import MINIMAL
+from tests.minimal import MINIMAL
 from tools.checks.pages import code_of
 
 from .spawn import Pool

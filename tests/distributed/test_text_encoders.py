@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from bigdssm.checkpoints.checkpoint import find_checkpoint, read_manifest
 from bigdssm.checkpoints.model_folder import FROZEN_FILE, load_checkpoint_model, load_model_folder
-from bigdssm.cluster.metrics import read_stage
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import CheckpointError, ConfigError
@@ -22,10 +21,10 @@ from bigdssm.training.engine import init_process_group, partitioned_loading
 from tests.encoders import FAMILIES, LORA, write_pairs
 
 from . import small_run
+from .compared_runs import stop_after, weights
+from .encoder_matrix import AGAIN, BF16, CHUNKS, losses
 from .spawn import Pool, RankFailed
-from .test_training import stop_after, weights
 
-CHUNKS, AGAIN, BF16 = "engine.chunk_tokens=60", "engine.checkpoint_activations=true", "engine.precision=bf16"
 OFFLOAD = "engine.offload_optimizer=true"
 
 # A pairwise design: each two of family, ranks, ZeRO stage, LoRA, precision and recomputation meet in some run.
@@ -52,11 +51,6 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("texts") / request.param
     folder.mkdir()
     return write_pairs(folder, request.param)
-
-
-def losses(run_dir: Path) -> torch.Tensor:
-    records = read_stage(run_dir / "pretrain")
-    return torch.tensor([record["loss"] for record in records if "loss" in record])
 
 
 @pytest.mark.slow

@@ -22,18 +22,10 @@ from bigdssm.losses import Triplet
 from bigdssm.models.declarations import LowPass
 from bigdssm.training.optimizers import AdamW
 from bigdssm.utils.components import bounded
+from tests.minimal import MINIMAL
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MINIMAL = {
-    "run": {"dir": "runs/x"},
-    "data": {
-        "dir": "data/x",
-        "lanes": 8,
-        "query": {"history": {"type": "history", "of": "item"}},
-        "doc": {"item": {"type": "categorical"}, "tags": {"type": "categorical", "multi": True}},
-    },
-}
 
 
 @pytest.fixture

@@ -24,9 +24,8 @@ from bigdssm.config.removed import REMOVED_KEYS
 from bigdssm.dataset import partition
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval import vectors
+from tests.unit.layers import LAYER_OF
 from tools.checks.pages import code_of
-
-from .test_layers import LAYER_OF
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,28 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.layers import LAYER_OF
+
 ROOT = Path(__file__).resolve().parents[2]
 
-# The packages of the library by layer, lowest first. A module imports only from lower layers and from its own package;
-# packages of one layer do not import each other. There are no import cycles within a package.
-LAYERS = (
-    ("errors",),
-    ("utils",),
-    ("features",),  # torch-free; configs declare them
-    ("config", "distributed", "sources"),  # sources: open and read tables, for ingestion and for commands
-    ("dataset", "tables", "stores"),
-    ("losses", "models"),
-    ("cluster", "checkpoints", "loader"),
-    ("retrieval",),
-    ("evaluation",),
-    ("export",),
-    ("serving", "ingest"),  # nothing on the way of a row imports ingest: it reads the dataset that ingest wrote
-    ("training",),
-    ("cli",),  # options, exit codes and messages of commands
-    ("commands",),  # command lines: parse, call one library function, print
-    ("__main__",),
-)
-LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 
 # Library → the only files or folders that may import it.
 RESERVED = {
@@ -81,7 +63,7 @@ def violations(path: str, source: str) -> list[str]:
     own = path.removesuffix(".py").split("/")[1:2] if path.startswith("bigdssm/") else []
     package = None if own in ([], ["__init__"]) else own[0]
     if package is not None and package not in LAYER_OF:
-        return [f"{path}: {package} has no layer; add it to LAYERS in this test"]
+        return [f"{path}: {package} has no layer; add it to LAYERS in tests/unit/layers.py"]
     for line, name in imported(tree):
         where = f"{path}:{line}"
         for library, allowed in RESERVED.items():

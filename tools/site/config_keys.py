@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -132,16 +132,17 @@ COMPONENTS: tuple[tuple[str, Registry[Any], Any], ...] = (
     (OPTIMIZER_KINDS, OPTIMIZERS, OptimizerConfig),
     (TABLE_OPTIMIZER_KINDS, TABLE_OPTIMIZERS, TableOptimizerConfig),
     (INDEXES, INDEX_TYPES, None),
-    (STORE_KINDS, STORES, None),
-    (EXPORTS, EXPORT_FORMATS, None),
 )
 
 
 def page() -> str:
     """Return the page as Markdown."""
-    for scheme in BUILT_IN:
-        store_class(f"{scheme}://")  # registers it
-    components = [part for about, *args in COMPONENTS for part in (about, *component_sections(*args))]
+    components = []
+    for about, registry, base in COMPONENTS:
+        components += [about, *component_sections(registry.selector, _registered(registry), base)]
+    stores = {scheme: store_class(f"{scheme}://") for scheme in BUILT_IN}  # registered in the order of first use
+    components += [STORE_KINDS, *component_sections(STORES.selector, stores, None)]
+    components += [EXPORTS, *component_sections(EXPORT_FORMATS.selector, _registered(EXPORT_FORMATS), None)]
     return "\n\n".join([START, *sections(Config), *components]) + "\n"
 
 
@@ -158,6 +159,11 @@ def with_rules(page: str) -> str:
     )
     start = page.index(RULES_HEAD) + len(RULES_HEAD)
     return page[:start] + "".join(lines) + page[page.index("\n\n", start - 1) + 1 :]
+
+
+def _registered(registry: Registry[Any]) -> dict[str, type]:
+    """Return the components of a registry, whose modules are imported first, by name."""
+    return {name: registry.classes[name] for name in registry.names()}
 
 
 def _rules(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
@@ -183,13 +189,12 @@ def sections(root: type) -> Iterator[str]:
             yield f"### {title}\n\n{inspect.getdoc(cls)}\n\n{HEAD}\n{table}"
 
 
-def component_sections(registry: Registry[Any], base: Any) -> Iterator[str]:
-    """Yield a heading and a table of keys per built-in component, without those of `base`."""
+def component_sections(selector: str, classes: Mapping[str, type], base: Any) -> Iterator[str]:
+    """Yield a heading and a table of keys per component, without those of `base`."""
     common = [] if base is None else keys_of(base)
-    for name in registry.names():
-        cls = registry.classes[name]
+    for name, cls in classes.items():
         rows = "\n".join(_rows(cls, common))
-        yield f"### `{registry.selector}: {name}`\n\n{inspect.getdoc(cls)}" + (f"\n\n{HEAD}\n{rows}" if rows else "")
+        yield f"### `{selector}: {name}`\n\n{inspect.getdoc(cls)}" + (f"\n\n{HEAD}\n{rows}" if rows else "")
 
 
 def _collect(cls: type, prefix: str, prefixes_of: dict[type, list[str]], components: dict[type, Any]) -> None:

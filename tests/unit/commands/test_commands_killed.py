@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 
 from tests.tolerances import assert_scores_close
-from tests.unit.commands.test_forget import checksums, item, trained, user
+from tests.unit.commands.forgetting import checksums, item, trained, user
 
 pytestmark = pytest.mark.slow
 NUM_KILLS = 3

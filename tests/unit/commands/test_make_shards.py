@@ -1,13 +1,11 @@
 """The command lines: output, refused arguments, files left behind, and resuming after a kill."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,16 +14,9 @@ from webdataset import TarWriter
 
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.ingest.dataset_writer import DatasetWriter
+from tests.command_line import tool
 
 ROOT = Path(__file__).parents[3]
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_webdataset_shards_from_the_command_line(tiny_pairs: Any, tmp_path: Path, capsys: Any) -> None:

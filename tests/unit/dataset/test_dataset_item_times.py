@@ -16,7 +16,7 @@ from bigdssm.dataset.remote import FileCache
 from bigdssm.evaluation.evaluate import evaluate_split
 from bigdssm.retrieval.embed import Encoders
 from tests.conftest import write_config
-from tests.unit.dataset.test_remote import Server
+from tests.remote import Server
 
 START, DAY, OLD, ITEMS, NEW_USERS = 1_700_000_000, 86_400, 20, 40, 10
 DATA = {

@@ -22,7 +22,7 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.sources import columnar
 from bigdssm.sources.opening import open_source
 from bigdssm.utils import urls
-from tests.unit.sources.test_opening import TABLE, in_parts, write_arrow, write_folder, write_parquet
+from tests.unit.sources.written_tables import TABLE, in_parts, write_arrow, write_folder, write_parquet
 
 s3fs, server_module = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -22,7 +22,7 @@ from bigdssm.config import DataConfig, SourceConfig, StageConfig, VisitConfig, c
 from bigdssm.dataset.dataset import Dataset, open_dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError, DataError
-from bigdssm.features import Numeric, Session
+from bigdssm.features import Numeric
 from bigdssm.loader.batch import Collator
 from bigdssm.loader.inspection import describe
 from bigdssm.loader.step_plan import TokenBudget, plan_locally
@@ -40,36 +40,15 @@ from bigdssm.retrieval.vectors import read_vectors, write_vectors
 from bigdssm.training.batches import BatchBuilder
 from bigdssm.training.step import encode
 from tests.unit.conftest import random_model
-from tests.unit.ingest.test_interactions_event_features import CONFIG, EVENT, load, make, rows_of_events, sequences
+from tests.unit.dataset.event_rules import RULED, START, Known, drawn, keys_of, known_to
+from tests.unit.ingest.events import CONFIG, EVENT, load, make, sequences
 
-RULED = replace(CONFIG, event={**EVENT, "session": Session()}, query={"past": CONFIG.query["past"]})
 BUY = "action = buy and price >= 20"
 NO_VISIT, BY_SESSION, BY_GAP = VisitConfig(), VisitConfig(feature="session"), VisitConfig(gap_s=3000.0)
-Known = set[tuple[str, int]]
-START = 1_700_000_000
-
-
-def drawn(seed: int, number: int = 250) -> list[dict[str, Any]]:
-    """Draw events with sessions, few items, and many at the time of another one."""
-    random = np.random.RandomState(seed)
-    return [
-        {
-            **row, "item_id": f"i{random.randint(6)}", "timestamp": row["timestamp"] // 2000 * 2000,
-            "session": [None, *"abcdefg"][random.randint(8)],
-        }
-        for row in rows_of_events(seed, number, START)
-    ]  # fmt: skip
 
 
 def is_bought(event: dict[str, Any]) -> bool:
     return event["event_type"] == "buy" and event["price"] is not None and event["price"] >= 20
-
-
-def known_to(events: list[dict[str, Any]], position: int, request: bool) -> list[dict[str, Any]]:
-    """Return the history of the query of the event at `position`."""
-    if not request:
-        return events[:position]
-    return [event for event in events if event["timestamp"] < events[position]["timestamp"]]
 
 
 def of_visit(history: list[dict[str, Any]], session: str | None, now: float, visit: VisitConfig) -> list[str]:
@@ -90,12 +69,6 @@ def excluded_of(
 ) -> set[str]:
     seen = [e["item_id"] for e in history if exclude_seen is True or (exclude_seen and is_bought(e))]
     return {*seen, *of_visit(history, session, now, visit)}
-
-
-def keys_of(dataset: Dataset, rows: Any) -> list[tuple[str, int]]:
-    table, position = rows.sequences, rows.position
-    users = table.strings("query_key", rows.sequence[rows.row_of_query])
-    return list(zip(users, position.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("visit", [NO_VISIT, BY_SESSION, BY_GAP], ids=["all", "session", "gap"])

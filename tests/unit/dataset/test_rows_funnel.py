@@ -23,8 +23,8 @@ from bigdssm.retrieval.exact_search import excluded_documents
 from bigdssm.retrieval.mining import TrainPositives
 from bigdssm.retrieval.queries import Queries
 from bigdssm.retrieval.request import Event, Request
-from tests.unit.dataset.test_rows_event_rules import RULED, START, drawn, keys_of, known_to
-from tests.unit.ingest.test_interactions_event_features import load, make, sequences
+from tests.unit.dataset.event_rules import RULED, START, drawn, keys_of, known_to
+from tests.unit.ingest.events import load, make, sequences
 
 STEPS = ("view", "cart", "buy")
 FUNNEL = {"action": STEPS}

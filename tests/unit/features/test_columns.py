@@ -92,7 +92,7 @@ def test_floats_too_large_for_exact_ids_are_bad_rows(kind: pa.DataType, bits: in
 
 
 def test_large_ids_in_a_frame_stay_apart_or_are_refused(tmp_path: Path) -> None:
-    from tests.unit.utils.test_arguments import EVENTS, ITEMS, make
+    from tests.frames import EVENTS, ITEMS, make
 
     big = {f"i{i}": 2**63 + i for i in range(20)}
     for kind in (np.uint64, np.float64):

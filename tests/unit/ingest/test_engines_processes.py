@@ -20,7 +20,7 @@ from bigdssm.ingest.api import make_dataset
 from bigdssm.ingest.interactions import InteractionTables, make_interactions
 from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
-from tests.unit.ingest.test_job_killed import content
+from tests.unit.ingest.content import content
 
 TEXT, KINDS = Text(max_tokens=8), Categorical(multi=True, min_count=2)
 SIZES = {

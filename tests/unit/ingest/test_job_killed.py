@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.stamps import STAMPS_FILE
+from tests.unit.ingest.content import content
 
 ROOT = Path(__file__).parents[3]
 # Builds each dataset in a fork: reads lines of JSON (kind, source, out, append, dies_at, told), and answers each with
@@ -166,19 +166,6 @@ def maker() -> Iterator[Maker]:
     started = Maker()
     yield started
     started.close()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Return all files of a dataset, and of the BEIR collection next to it, if any."""
-    beside = folder.with_name(f"{folder.name}.beir")
-    found = {
-        f"{number}/{path.relative_to(place)}": path.read_bytes()
-        for number, place in enumerate((folder, beside))
-        for path in place.rglob("*")
-        if path.is_file() and path.name != STAMPS_FILE
-    }
-    found["0/dataset.json"] = found["0/dataset.json"].replace(f'"name": "{folder.name}"'.encode(), b"")
-    return found
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bigdssm.losses import (
     LossInputError,
@@ -22,10 +20,10 @@ from bigdssm.losses import (
     ranking_loss,
 )
 from bigdssm.losses.reference import dense_loss
+from tests.unit.losses.numerics import DOUBLE, NarrowProducts, unit
 from tools.checks.pages import code_of
 
 DIRECTIONS = ("q2d", "d2q", "both")
-DOUBLE = torch.float64
 
 
 def fps_gradients(
@@ -36,24 +34,6 @@ def fps_gradients(
     loss.backward()
     assert U.grad is not None and W.grad is not None
     return loss.detach(), U.grad, W.grad
-
-
-def unit(rows: int, D: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, D, generator=generator, dtype=DOUBLE), dim=1)
-
-
-class NarrowProducts(TorchFunctionMode):
-    """Emulates float32 products of a CPU with bfloat16 units, if the loss enables them: operands are rounded."""
-
-    narrowed = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        allowed = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        if allowed and function in (torch.addmm, Tensor.addmm_) and args[1].dtype == torch.float32:
-            self.narrowed += 1
-            args = (args[0], *(operand.bfloat16().float() for operand in args[1:3]), *args[3:])
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -50,13 +50,13 @@ from tests.unit.conftest import WIDTH
 fastapi = pytest.importorskip("fastapi")
 import uvicorn  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
-from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
 from bigdssm.features.vector import MAX_DIM  # noqa: E402
 from bigdssm.serving.app import MOST_BYTES, RequestBody, RequestLimits, make_app  # noqa: E402  # noqa: E402
 from bigdssm.serving.metrics import log_accesses  # noqa: E402
 from bigdssm.serving.server import _Protocol  # noqa: E402
+from tests.unit.serving.metrics_text import counted  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +76,6 @@ def expected(model_dir: Path, index_dir: Path, dataset: Dataset, query: Query, t
     vector = query_vectors(folder.model, collator.query_features(query.columns)).numpy()
     scores, rows = open_index(index_dir).nearest(vector, top, folder.checksum, [query.excluded], query.allowed)
     return list(zip(dataset.catalogue.keys(rows[0][rows[0] >= 0]), scores[0].tolist(), strict=False))
-
-
-def counted(client: TestClient) -> dict[str, float]:
-    """Return the values of /metrics by name and labels."""
-    found = {}
-    for family in text_string_to_metric_families(client.get("/metrics").text):
-        for sample in family.samples:
-            found[" ".join([sample.name, *sample.labels.values()])] = sample.value
-    return found
 
 
 def resolve(dataset: Dataset, **request: Any) -> Query:

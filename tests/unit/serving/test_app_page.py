@@ -24,7 +24,7 @@ from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.atomic import replace_folder
 from tests.tolerances import assert_scores_close
 from tests.unit.conftest import SMALL, WIDTH, random_model
-from tests.unit.serving.test_app import counted
+from tests.unit.serving.metrics_text import counted
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient

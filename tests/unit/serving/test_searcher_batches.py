@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -24,8 +25,9 @@ from bigdssm.retrieval.request import Event, Request
 from bigdssm.retrieval.vectors import CodedVectors, VectorsMeta
 from bigdssm.serving.searcher import Searcher
 from tests.tolerances import assert_scores_close
-from tests.unit.features.test_conditions import NAMES, NUM_DOCS, WIDTH
 
+NUM_DOCS, WIDTH = 12_000, 9
+NAMES = pa.chunked_array([pa.nulls(0, pa.string())])
 REQUESTS = [
     Request("u1", top=3),
     Request(features={"age": 1e6}, events=[], top=40),

@@ -1,10 +1,8 @@
 """Queries of docs/stores.md that a user sends to a store: they return the answers and scores of the model."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,12 @@ from bigdssm.retrieval.publish import publish
 from bigdssm.retrieval.request import Request
 from bigdssm.serving.searcher import Searcher
 from bigdssm.stores.base import Collection, Documents, open_store
-from tests.postgres import Server, running_server
-from tests.unit.stores.test_stores import INDEX_ALONE, MODEL, vectors_dir  # noqa: F401
+from tests.postgres import Server
+from tests.unit.stores.shop import INDEX_ALONE, MODEL
 
 PAGE = (Path(__file__).parents[3] / "docs/stores.md").read_text(encoding="utf-8")
 NUM_DOCS, DIM, TOP = 3000, 12, 10
 CASES = [("dot", True), ("dot", False), ("cosine", True), ("cosine", False)]  # score, beta
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    yield from running_server()
 
 
 def block(title: str) -> str:

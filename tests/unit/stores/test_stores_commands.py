@@ -22,7 +22,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import ItemTables, make_items
 from bigdssm.stores.base import Store, open_store
 from tests.conftest import TinyDataset
-from tests.unit.stores.test_stores import memory_store, new_url, server  # noqa: F401
+from tests.unit.stores.shop import new_url
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,17 +18,10 @@ from bigdssm.retrieval.forgetting import forget_in_collection
 from bigdssm.retrieval.publish import publish
 from bigdssm.stores import postgres
 from bigdssm.stores.base import Collection, Documents, Store, open_store
-from tests.postgres import Server, running_server
-from tests.unit.stores import test_stores
-from tests.unit.stores.test_stores import OTHER_MODEL, WIDTH, Shop
+from tests.postgres import Server
+from tests.unit.stores.shop import OTHER_MODEL, WIDTH, Shop
 
-memory_store = test_stores.memory_store
 SECRET = "0f4c9a-hidden-identifier"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    yield from running_server()
 
 
 @pytest.fixture(params=["postgresql", "file", "memory"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,17 +23,9 @@ from bigdssm.retrieval.publish import compare_documents, measure_recall, publish
 from bigdssm.retrieval.vectors import VectorsMeta, write_meta
 from bigdssm.stores.base import FORGOTTEN, Alias, Documents, Store, open_store
 from tests.filters import FEATURES
-from tests.postgres import Server, running_server
-from tests.unit.stores import test_stores
-from tests.unit.stores.test_stores import INDEX_ALONE, MODEL, WIDTH, new_url
+from tests.unit.stores.shop import INDEX_ALONE, MODEL, WIDTH, new_url
 
-memory_store = test_stores.memory_store
 SCHEMES = ("postgresql", "memory", "file", "qdrant")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    yield from running_server()
 
 
 @pytest.fixture(params=SCHEMES)
@@ -317,11 +308,6 @@ def test_documents_of_collections_and_datasets_are_compared(store: Store, tmp_pa
 
 
 # ----- PostgreSQL alone
-
-
-@pytest.fixture
-def postgres_store(server: Server) -> Store:
-    return open_store(server.new_database())
 
 
 def test_a_nul_matches_nothing_in_postgresql(postgres_store: Store, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from bigdssm.retrieval import publish as publishing
 from bigdssm.retrieval.publish import publish
 from bigdssm.stores.base import Store, open_store
 from tests.postgres import Server, check_installed
-from tests.unit.stores.test_stores import Shop, state
+from tests.unit.stores.shop import Shop, state
 
 HOST, OTHER_HOST = "127.0.0.2", "127.0.0.3"  # of this machine, and not local by name
 PASSWORD = "hidden-5f2c-word"

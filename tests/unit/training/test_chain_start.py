@@ -22,7 +22,7 @@ from bigdssm.models import DualEncoder, new_model
 from bigdssm.models.embedding_tables import TransitionTable
 from bigdssm.training import chain_start
 from bigdssm.training.chain_start import Counts, count_followers, fitted_chain, initialize_from_chain
-from tests.unit.models.encoders.test_history_transitions import TABLE, D, events, items, write_config
+from tests.unit.models.encoders.transitions import TABLE, D, events, items, write_config
 
 DAY = 86_400
 CHAIN = ["pretrain.warm_start.chain=true", "pretrain.warm_start.half_life_days=2"]

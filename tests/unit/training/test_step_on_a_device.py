@@ -27,7 +27,7 @@ from bigdssm.training.engine import Engine
 from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
 from tests import simgpu
-from tests.distributed.test_gradient_cache import MODEL, SCHEMA, share_of
+from tests.distributed.small_model import MODEL, SCHEMA, share_of
 from tests.packing import by_mask
 
 # launches of a step without its chunks; of a chunk's forward, second forward and backward; of `attend` in it

@@ -24,7 +24,7 @@ from bigdssm.losses.declarations import Corrected
 from bigdssm.models import Encoded
 from bigdssm.training.objective import Objective
 from bigdssm.training.step import train_step
-from tests.distributed.test_gradient_cache import MODEL, share_of, small_model
+from tests.distributed.small_model import MODEL, share_of, small_model
 
 PACKAGE = f"{Path(bigdssm.__file__).parent}/"
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "_unique2", "unique_dim", "masked_select", "equal")

@@ -11,34 +11,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-import yaml
 
 import bigdssm
 from bigdssm.errors import BigDSSMError, ConfigError, DataError
+from tests.frames import EVENTS, ITEMS, make
 
-EVENTS = pd.DataFrame(
-    {
-        "user_id": [f"u{i % 9}" for i in range(90)],
-        "item_id": [f"i{i % 20}" for i in range(90)],
-        "timestamp": range(1_500_000_000, 1_500_000_090),
-    }
-)
-ITEMS = pd.DataFrame({"item_id": [f"i{i}" for i in range(20)]})
 PAIRS = pd.DataFrame({"word": [f"w{i % 9}" for i in range(80)], "title": [f"t{i % 20}" for i in range(80)]})
-
-
-def make(folder: Path, **arguments: Any) -> Any:
-    """Build a dataset from events, or from pairs if these are passed."""
-    features = {
-        True: {"query": {"word": {"type": "categorical"}}, "doc": {"title": {"type": "categorical"}}},
-        False: {
-            "query": {"history": {"type": "history", "of": "item_id"}}, "doc": {"item_id": {"type": "categorical"}},
-        },
-    }["pairs" in arguments]  # fmt: skip
-    content = {"run": {"dir": str(folder / "run")}, "data": {"dir": str(folder / "data"), **features}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    tables = {} if "pairs" in arguments else {"interactions": EVENTS, "items": ITEMS}
-    return bigdssm.make_dataset(folder / "config.yaml", **{"processes": 1, **tables, **arguments})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 """Serving on a vector store: the answers are those of FAISS, and a request sees one model and one collection."""
-# ruff: noqa: F811
 
 from __future__ import annotations
 
@@ -37,21 +36,13 @@ from tests.conftest import TinyDataset
 from tests.postgres import Server
 from tests.tolerances import assert_scores_close
 from tests.unit.conftest import WIDTH
-from tests.unit.stores.test_stores import (  # noqa: F401
-    memory_store,
-    other_vectors_dir,
-    server,
-    store,
-    url,
-    vectors_dir,
-)
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from bigdssm.serving.app import make_app
 from bigdssm.serving.live import Batcher
-from tests.unit.serving.test_app import counted
+from tests.unit.serving.metrics_text import counted
 
 REQUESTS = [
     Request("u7", top=12), Request("u8", filter="genres = Comedy and year < 1995", top=40), Request("u9", top=100),
