@@ -80,9 +80,11 @@ class Task:
         self.dataset = Dataset.open(subsample.dataset)
         self.texts = Texts.of(self.dataset)
         self.encoders = tower_encoders(self.folder.model, self.dataset)
-        self.exported = args.out / f"{name}-encoder"
-        if not self.exported.exists():
-            export(folder_source(best), self.exported, "sentence-transformers")
+        exported = args.out / f"{name}-encoder"
+        if not exported.exists():
+            export(folder_source(best), exported, "sentence-transformers")
+        separate = exported / "query_0_Transformer"  # of towers that differ after the text encoder
+        self.text_encoder = separate if separate.exists() else exported
         every_document = np.arange(self.dataset.catalogue.num_docs)
         self._vectors = self.encoders.documents(every_document)
 
@@ -168,7 +170,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     task = Task(name, args)
     results = Results(args.out / f"{name}.json")
     results.once("towers", dict, task.towers)
-    starts = {"MiniLM": MINILM, "FPS": task.exported}
+    starts = {"MiniLM": MINILM, "FPS": task.text_encoder}
     validation = task.candidates("validation", VALIDATION_QUERIES)
     test = task.candidates("test", args.queries)
 
