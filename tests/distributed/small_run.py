@@ -16,11 +16,7 @@ import numpy as np
 import yaml
 
 from bigdssm.config import StageName, load_config
-from bigdssm.ingest.interactions import InteractionTables, make_interactions
-from bigdssm.ingest.job import IngestTarget
 from bigdssm.utils.log import no_progress
-
-from . import small_run
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 60, 48, 4
 
@@ -152,13 +148,16 @@ def records(run_dir: Path, stage: str = "pretrain") -> list[dict[str, Any]]:
 
 def append_day2(config: Path) -> None:
     """Append the partition `day2`, with new users, items and genres, to the dataset of a config."""
+    from bigdssm.ingest.interactions import InteractionTables, make_interactions
+    from bigdssm.ingest.job import IngestTarget
+
     folder = config.parent
     items = ["item_id\ttitle\tgenre"] + [f"new{i}\tword{i} number {i}\tg9 all" for i in range(7)]
     users = ["user_id\tage\tgender"] + [f"v{u}\t{30 + u}\t{'MX'[u % 2]}" for u in range(30)]
     events = ["user_id\titem_id\ttimestamp"]
     for user in range(30):
         for time in range(9):
-            item = f"new{(user + time) % 7}" if time % 2 else f"i{(3 * user + time) % small_run.NUM_ITEMS}"
+            item = f"new{(user + time) % 7}" if time % 2 else f"i{(3 * user + time) % NUM_ITEMS}"
             events.append(f"{'uv'[user % 2]}{user}\t{item}\t{100 + time}")
     for name, lines in (("items2", items), ("users2", users), ("events2", events)):
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
