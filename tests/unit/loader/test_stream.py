@@ -33,7 +33,7 @@ from bigdssm.ingest.job import IngestTarget
 from bigdssm.ingest.pairs import PairTables, make_pairs
 from bigdssm.loader.order import Order
 from bigdssm.loader.stream import PairStream
-from bigdssm.loader.workers import LoadedStep, Peers, WorkerSteps, load
+from bigdssm.loader.workers import LoadedStep, Peers, WorkerSteps, fork_server, load
 from bigdssm.utils.hashing import hash64
 from tests.tiny_datasets import NUM_DOCS, Writer
 
@@ -242,7 +242,8 @@ class Values(WorkerSteps[Any]):
 
 def loaders() -> list[int]:
     """Return the pids of the loader processes."""
-    return [loader for server in children_of(os.getpid()) for loader in children_of(server)]
+    assert fork_server._process is not None
+    return children_of(fork_server._process.pid)  # not those of the server that forks the ranks of other tests
 
 
 class Unpicklable:
@@ -318,8 +319,8 @@ def test_the_fork_server_may_be_killed(interactions: Path) -> None:
     """Processes that it has forked continue, and another server forks further ones."""
     stream = PairStream(interactions, rows_global=ROWS_GLOBAL, lanes=LANES, num_workers=1)
     next(stream)
-    server = next(child for child in children_of(os.getpid()) if children_of(child))
-    os.kill(server, signal.SIGKILL)
+    assert fork_server._process is not None
+    os.kill(fork_server._process.pid, signal.SIGKILL)
     assert [rows.step for rows in islice(stream, 20)] == list(range(1, 21))
     stream.close()
     assert [rows.step for rows in steps(interactions, 3, num_workers=1)] == [0, 1, 2]

@@ -30,6 +30,7 @@ from bigdssm.loader.batch import Batch, ListLengths
 from bigdssm.loader.messages import ALIGNMENT, Message
 from bigdssm.loader.order import Order
 from bigdssm.loader.stream import PairStream
+from bigdssm.loader.workers import fork_server
 from bigdssm.losses import Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives, window_records
 from bigdssm.training.batches import BatchBuilder, read_batches
@@ -287,7 +288,8 @@ def test_loader_processes_that_wait_for_each_other_end_at_once(pieces: Dataset) 
     for _ in range(3):
         with closing(stream.map_steps(len)) as made:
             assert next(made) == ROWS_GLOBAL
-    while [loader for server in children_of(os.getpid()) for loader in children_of(server)]:
+    assert fork_server._process is not None
+    while children_of(fork_server._process.pid):
         assert time.monotonic() - before < 10
         time.sleep(0.05)
 
