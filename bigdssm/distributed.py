@@ -6,6 +6,7 @@ differentiable: the losses compute and reduce their gradients explicitly.
 
 import logging
 import math
+import re
 import socket
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ Group = dist.ProcessGroup
 # torch 2.13 renamed reduce_scatter_tensor; gloo supports it since the same release
 _GLOO_REDUCE_SCATTER = hasattr(dist, "reduce_scatter_single")
 _reduce_scatter = dist.reduce_scatter_single if _GLOO_REDUCE_SCATTER else dist.reduce_scatter_tensor
+
+_CLOSED_BY_PEER = re.compile("connection (closed|reset) by peer", re.IGNORECASE)
 
 _GLOO_BYTES = 4 << 20  # per reduce-scatter: gloo allocates two copies of its input
 
@@ -167,9 +170,14 @@ class SharedStore:
         return str(self._store.get(key).decode()) if self._store.check([key]) else None
 
 
-def is_peer_failure(error: BaseException) -> bool:
-    """Return whether an error was raised because another rank left a collective."""
+def is_collective_failure(error: BaseException) -> bool:
+    """Return whether a collective raised this error: another rank has left it, or its backend failed by itself."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def is_closed_by_peer(error: BaseException) -> bool:
+    """Return whether a collective failed because the process of another rank closed the connection."""
+    return is_collective_failure(error) and bool(_CLOSED_BY_PEER.search(str(error)))
 
 
 def all_gather_padded(rows: Tensor, longest: int, group: Group | None = None) -> Tensor:

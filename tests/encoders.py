@@ -29,6 +29,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {**DECODER, "sliding_window": 4, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
                     "query_pre_attn_scalar": 16},
 }  # fmt: skip
+# further families whose texts are packed; only their attention differs
+PACKED_FAMILIES: dict[str, dict[str, Any]] = {
+    "roberta": FAMILIES["xlm-roberta"],
+    "mistral": {**DECODER, "sliding_window": 4},
+    "qwen2": DECODER,
+    "gemma": DECODER,
+}
 LORA = ["model.query.text.lora_rank=4", "model.doc.text.lora_rank=4"]
 DECODERS = {"qwen3", "llama", "gemma3_text"}
 
@@ -36,7 +43,7 @@ DECODERS = {"qwen3", "llama", "gemma3_text"}
 def write_family(family: str, folder: Path) -> Path:
     """Write a model and its tokenizer to `folder`; the weights are random and large enough to make texts differ."""
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(family, **(FAMILIES | PACKED_FAMILIES)[family])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

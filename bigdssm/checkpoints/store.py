@@ -57,6 +57,7 @@ from bigdssm.utils.atomic import (
     temporary_path,
     write_text,
 )  # fmt: skip
+from bigdssm.utils.device import on_current_device
 from bigdssm.utils.log import get_logger
 
 T = TypeVar("T")
@@ -130,7 +131,7 @@ class CheckpointStore:
                     shutil.rmtree(temporary_path(self.folder / checkpoint_name(step)), ignore_errors=True)
 
         self._error = None
-        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=on_current_device(write), name="checkpoint", daemon=True)
         self._thread.start()
         if not in_background:
             self.wait()

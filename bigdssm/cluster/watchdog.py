@@ -45,6 +45,7 @@ STARTUP_TIMEOUT_S = 900.0  # limit before the first step: imports, opening a dat
 EXIT_TIMEOUT_S = 15.0  # limit for the main thread to exit by itself
 VERDICT, SURVEYOR = "verdict", "surveyor"
 END_RECORD_S = 2.0  # limit for the end record: the file system may hang
+OWN_FAILURE_CODE = 1  # of ranks whose collective failed without a rank that is gone: another start would fail, too
 STOPPED_EXIT_CODE = 143  # the exit code of SIGTERM in shells
 STOPPED = "stopped on request, ended without saving; --resume auto continues from the last checkpoint"
 
@@ -75,7 +76,8 @@ class Watchdog:
 
     Both are collectives, `__exit__` only if the block raised no error.
 
-    Within the block, the error of a collective that another rank has left becomes a PeerError that names that rank.
+    Within the block, the error of a collective that another rank has left becomes a PeerError that names that rank. The
+    error remains as it is if no other rank is known to be gone: the backend, or the network, has then failed.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Watchdog:
         self._request_stop = request_stop or (lambda: os.kill(os.getpid(), signal.SIGTERM))
         self._timeout_s, self._launcher, self._stop_file, self._on_exit = timeout_s, launcher, stop_file, on_exit
         self._interval_s = min(LONGEST_HEARTBEAT_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
+        self._search_s = max(min(EXIT_TIMEOUT_S / 2, timeout_s), 4 * self._interval_s)
         self._rank, self._world_size = distributed.rank(), distributed.world_size()
         self._store_is_rank_0s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._phase, self._moves, self._moved_at = "starting", 0, time.monotonic()
@@ -129,30 +132,31 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Stop the threads; send an error of this rank to the others. Raises PeerError: another rank caused it."""
-        self._leaving_until = time.monotonic() + EXIT_TIMEOUT_S
+        self._leaving_until = time.monotonic() + self._search_s + EXIT_TIMEOUT_S
+        late: RuntimeError | None = None
         if error is None:
             try:
                 distributed.barrier()  # other ranks would report a rank that exits early as dead
-            except RuntimeError as late:
-                error = late
+            except RuntimeError as failed:
+                error = late = failed
         if error is None:
             self._close()
-        elif distributed.is_peer_failure(error):
-            cause = self._find_cause()
-            if self._ending:
-                time.sleep(EXIT_TIMEOUT_S)  # the check thread ends the process
+            return
+        cause = self._find_cause(error) if distributed.is_collective_failure(error) else None
+        if self._ending:
+            time.sleep(EXIT_TIMEOUT_S)  # the check thread ends the process
+        if cause is not None:
             if self._verdict and not self._verdict["wait_for_main"] and self._verdict["code"] == PeerError.exit_code:
                 # another rank ended by this verdict before the check thread logged the stack traces of this one
                 sys.stderr.write(f"rank {self._rank} waited at:\n")
                 traceback.print_tb(tb)
             self._close()
-            raise PeerError(cause) from error
-        else:
-            text = " ".join(str(error).split())
-            if not (isinstance(error, Exception) and hasattr(error, "exit_code")):
-                text = f"{type(error).__name__}: {text}"
-            self._publish(f"rank {self._rank} stopped: {text}", wait_for_main=True)
-            self._close()
+            raise PeerError(f"{cause}; the collective of rank {self._rank} failed: {_sentence(error)}") from error
+        code = OWN_FAILURE_CODE if distributed.is_collective_failure(error) else PeerError.exit_code
+        self._publish(f"rank {self._rank} stopped: {_sentence(error)}", wait_for_main=True, code=code)
+        self._close()
+        if late is not None:
+            raise late
 
     def record_progress(self, phase: str) -> None:
         """Record progress of the main thread; `phase` describes its current work."""
@@ -312,9 +316,14 @@ class Watchdog:
 
     # --- ending ---
 
-    def _find_cause(self) -> str:
-        """Return a sentence about the rank that made a collective of this rank fail; takes a few seconds at most."""
-        until = time.monotonic() + min(EXIT_TIMEOUT_S / 2, self._timeout_s)
+    def _find_cause(self, error: BaseException) -> str | None:
+        """Return a sentence about the rank that made a collective of this rank fail, None if none is known to be gone.
+
+        Takes four heartbeats at most: a rank on another machine is known to be gone after three.
+        """
+        if self._world_size == 1:
+            return None
+        until = time.monotonic() + self._search_s
         cause = None
         while cause is None and self._verdict is None and time.monotonic() < until:
             self._wake.set()
@@ -326,9 +335,11 @@ class Watchdog:
             if cause is None and self._broken_at is not None and self._store_is_rank_0s and self._rank:
                 cause = f"{self._peers[0]} has ended: the store that it hosted for all ranks is gone"
         if self._verdict is not None:
-            return str(self._verdict["text"])
-        cause = cause or "another rank exited; see the log of that rank"
-        self._publish(cause, wait_for_main=True)
+            return None if self._verdict["code"] == OWN_FAILURE_CODE else str(self._verdict["text"])
+        if cause is None and distributed.is_closed_by_peer(error):
+            cause = "another rank has closed its connections; see the log of that rank"
+        if cause is not None:
+            self._publish(cause, wait_for_main=True)
         return cause
 
     def _end_run(self, sentence: str, code: int = PeerError.exit_code) -> None:
@@ -379,6 +390,13 @@ class Watchdog:
         """Keep the store, which ends with this process, long enough for all ranks to read the verdict."""
         if self._store_is_rank_0s and self._rank == 0 and self._world_size > 1:
             time.sleep(min(LONGEST_HEARTBEAT_S, 2 * self._interval_s))
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the text of an error in one line, with its class unless it is a sentence for users."""
+    text = " ".join(str(error).split())
+    is_for_users = isinstance(error, Exception) and hasattr(error, "exit_code")
+    return text if is_for_users else f"{type(error).__name__}: {text}"
 
 
 def _verdict(text: str, wait_for_main: bool = False, code: int = PeerError.exit_code) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def run(stage: StageName, about: str | None, argv: Sequence[str] | None) -> int:
             return run_ranks([sys.executable, *command], ranks, stop, launcher)
         # imported late, because it takes seconds: the launcher is recorded and signal handlers are installed first
         from bigdssm import distributed
-        from bigdssm.training.engine import leave_process_group
+        from bigdssm.training.process_group import leave_process_group
         from bigdssm.training.stages import run_stage, stage_lock
 
         try:

@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
     ranks = check_launch()
     if ranks > 1:
         # imported only with several ranks: it takes seconds
-        from bigdssm.training.engine import init_process_group, leave_process_group
+        from bigdssm.training.process_group import init_process_group, leave_process_group
 
         init_process_group()
     folder, dataset = load_model_folder(args.model), Dataset.open(args.data)

@@ -48,6 +48,11 @@ def check_config(config: Config) -> None:
             "1, 2 or 3 with engine.offload_optimizer=true",
         ),
         (zero > 0 or not pure, "engine.zero_stage", 0, "1, 2 or 3 with engine.precision=bf16_pure"),
+        # Gradients of chunks would be added in bfloat16: their error grows with the number of chunks.
+        (
+            engine.chunk_tokens == 0 or not pure, "engine.chunk_tokens", engine.chunk_tokens,
+            "0 with engine.precision=bf16_pure, which adds gradients in bfloat16; or engine.precision=bf16",
+        ),
         # ZeRO stage 3 gathers a layer's weights in hooks, which a compiled layer does not call.
         (zero < 3 or not engine.compile, "engine.compile", "true", "false with engine.zero_stage=3"),
     )  # fmt: skip

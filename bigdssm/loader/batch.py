@@ -18,7 +18,7 @@ from bigdssm.features import PADDING, Feature, ragged
 from bigdssm.features.base import REQUEST_PREFIX
 from bigdssm.features.ragged import Column, Ragged
 from bigdssm.models import QueryPositions, SideSize
-from bigdssm.utils.device import to_device
+from bigdssm.utils.device import on_current_device, to_device
 
 T = TypeVar("T")
 
@@ -274,7 +274,8 @@ def prefetch(items: Iterator[T]) -> Generator[T]:
     """Yield the items in order while a thread fetches the next one; its exception is raised at that item."""
     end: Any = object()
     with ThreadPoolExecutor(1, "batches") as thread:
-        following = thread.submit(next, items, end)
+        fetch = on_current_device(next)
+        following = thread.submit(fetch, items, end)
         while (item := following.result()) is not end:
-            following = thread.submit(next, items, end)
+            following = thread.submit(fetch, items, end)
             yield item

@@ -1,33 +1,21 @@
-"""The DeepSpeed engine, configured only by the config, and the changes of DeepSpeed's functions for it.
+"""The DeepSpeed engine, configured only by the config.
 
 `backward` takes output vectors of the towers with their gradients in place of a loss.
-
-`Engine` applies the changes of DeepSpeed's functions, and undoes them when it is destroyed; no other engine runs with
-them. Both functions may be called repeatedly.
 """
 
-import gc
-import importlib
 import inspect
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
-from functools import lru_cache
 from math import prod
 from typing import Any, cast
 
 import deepspeed
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import compiler, zero
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3, stage_1_and_2
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -41,7 +29,7 @@ from torch import Tensor, nn
 from bigdssm import distributed
 from bigdssm.checkpoints.checkpoint import TensorPiece, even_share
 from bigdssm.config import EngineConfig, OptimizerConfig
-from bigdssm.errors import ConfigError, PeerError
+from bigdssm.errors import ConfigError
 from bigdssm.loader.step_plan import NOTHING_PACKED, TokenBudget
 from bigdssm.models import (
     DualEncoder,
@@ -55,121 +43,19 @@ from bigdssm.models import (
 )
 from bigdssm.tables.sharded import ShardedTables, WorkingSet
 from bigdssm.training.optimizers import parameter_groups
+from bigdssm.training.patches import apply_patches, undo_patches
+from bigdssm.training.process_group import device, on_device
 from bigdssm.utils import timing
 from bigdssm.utils.hashing import hash64
 
-MUON = "deepspeed.runtime.zero.muon"
-_applied = ExitStack()
-
-
-def apply_patches() -> None:
-    """Replace functions of DeepSpeed until `undo_patches`."""
-    undo_patches()
-
-    # The shared-memory all-reduce is compiled on first use: it takes 45 s and a compiler, and ranks race for it. If one
-    # is killed meanwhile, all later runs wait for its lock.
-    _replace(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)
-
-    # When DeepSpeed's Muon, which is not used here, is imported, its functions are compiled: 3 s at every start.
-    if f"{MUON}.muon_optimizer" not in sys.modules:
-        with ExitStack() as importing:
-            _replace(compiler, "compile", lambda: lambda function: function, importing)
-            importlib.import_module(f"{MUON}.muon_optimizer")
-        _applied.callback(_forget_muon)
-
-    # At ZeRO stage 3 ranks compare the order of modules after every pass that differs from the previous one, by two
-    # synchronizing broadcasts. Chunks of alternating sides trigger most of them, but all ranks have the same chunks.
-    _replace(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda ints: None)
-
-    # The norm, a new tensor in each step, is then read from the device once, not once per parameter group.
-    _replace(stage_1_and_2, "is_invalid_grad_norm", lru_cache(maxsize=1)(stage_1_and_2.is_invalid_grad_norm))
-    for stage in (stage_1_and_2, stage3):
-        _replace(stage, "mask_nan_or_inf_with_val_inplace", _mark)
-
-
-def undo_patches() -> None:
-    """Restore the functions that `apply_patches` has replaced."""
-    _applied.close()
-
-
-def _replace(module: Any, name: str, function: Callable[..., Any], until: ExitStack = _applied) -> None:
-    until.callback(setattr, module, name, getattr(module, name))
-    setattr(module, name, function)
-
-
-def _mark(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
-    """Replace a non-finite norm by `val`, as DeepSpeed does, but without an upload from host memory."""
-    norm.masked_fill_(~norm.isfinite(), val)
-
-
-def _forget_muon() -> None:
-    """Remove the modules whose functions are not compiled; a later import compiles them."""
-    for name in [name for name in sys.modules if name == MUON or name.startswith(f"{MUON}.")]:
-        del sys.modules[name]
-    vars(zero).pop("muon", None)
-
-
-COLLECTIVE_TIMEOUT_S = 1800
 CLIP_EPS = 1e-6  # that DeepSpeed adds to the norm
 DEVICE_BUCKET = 50_000_000  # gradients; DeepSpeed's default, 10 times as many, takes 4 GB and prevents overlap
-_SINGLE_RANK: dict[str, str] = {}  # the environment of a process group without a launcher
-
-
-def init_process_group() -> None:
-    """Join the launcher's process group, or create one of a single rank without a launcher."""
-    if "RANK" not in os.environ:
-        _SINGLE_RANK.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=distributed.free_port()
-        )
-        os.environ.update(_SINGLE_RANK)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # caused by DeepSpeed
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise every rank would use every core
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    apply_patches()
-    try:
-        deepspeed.init_distributed(
-            dist_backend=_backend(),
-            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-            verbose=False,
-        )
-    except RuntimeError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        if "EADDRINUSE" in str(error):
-            raise ConfigError(
-                f"the master port at {where} is in use; pass a free one to the launcher (deepspeed --master_port, "
-                "torchrun --master-port)"
-            ) from None
-        if distributed.is_peer_failure(error):
-            reason = str(error).splitlines()[0]
-            raise PeerError(f"not all {os.environ['WORLD_SIZE']} ranks connected at {where}: {reason}") from None
-        raise
-    finally:
-        undo_patches()
-
-
-def leave_process_group() -> None:
-    """Destroy the process group, including DeepSpeed's state, so that this process may join or launch another.
-
-    Its threads end when nothing refers to it. A thread that releases a tensor while the interpreter exits aborts the
-    process; engines are therefore destroyed before.
-    """
-    if distributed.is_distributed():
-        deepspeed.comm.destroy_process_group()
-        gc.collect()  # destroyed engines, in reference cycles
-    for name in _SINGLE_RANK:
-        os.environ.pop(name, None)
-    _SINGLE_RANK.clear()
-
-
-def device() -> torch.device:
-    """Return this rank's device."""
-    return torch.device(get_accelerator().current_device_name()) if _on_device() else torch.device("cpu")
 
 
 def deepspeed_config(engine: EngineConfig, optimizer: OptimizerConfig, rows_per_rank: int) -> dict[str, Any]:
     """Return the DeepSpeed config of a stage; DeepSpeed is configured nowhere else."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage > 0 and _on_device():
+    if engine.zero_stage > 0 and on_device():
         # reduces gradients during the backward, in buckets that fill up before its end
         zero |= {"overlap_comm": True, "reduce_bucket_size": DEVICE_BUCKET}
     if engine.offload_optimizer:
@@ -324,7 +210,7 @@ class Engine(DeepSpeedStepEngine):
         narrow = config.precision in ("bf16", "bf16_pure")  # `auto` is settled before
         self.product_dtype = torch.bfloat16 if narrow else torch.float32
         self._norm = float("nan")
-        if narrow and not _on_device():
+        if narrow and not on_device():
             use_eager_attention(model)
         if narrow and flash_runs_on(device()):
             use_packing(model)
@@ -559,14 +445,3 @@ class Engine(DeepSpeedStepEngine):
 
 def _form(value: Any) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _backend() -> str:
-    """Return a backend for CPU and device tensors: small decisions, such as a stop, are exchanged on the CPU."""
-    if not _on_device():
-        return "gloo"
-    return f"cpu:gloo,{get_accelerator().device_name()}:{get_accelerator().communication_backend_name()}"
-
-
-def _on_device() -> bool:
-    return get_accelerator().device_name() != "cpu"

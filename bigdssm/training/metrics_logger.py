@@ -16,7 +16,8 @@ from bigdssm.evaluation.evaluate import Evaluation
 from bigdssm.evaluation.metrics import table_metrics
 from bigdssm.loader.batch import Batch
 from bigdssm.models import DualEncoder
-from bigdssm.training.engine import Engine, device
+from bigdssm.training.engine import Engine
+from bigdssm.training.process_group import device
 from bigdssm.training.step import StepResult
 from bigdssm.utils import timing
 from bigdssm.utils.log import ProgressBar, get_logger, metric_label

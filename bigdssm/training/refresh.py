@@ -30,7 +30,8 @@ from bigdssm.retrieval.hard_negatives import HardNegatives, UniformNegatives
 from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.training.batches import FixedDocuments, row_stream
-from bigdssm.training.engine import Engine, device
+from bigdssm.training.engine import Engine
+from bigdssm.training.process_group import device
 from bigdssm.training.start import segment_steps
 from bigdssm.utils import timing
 from bigdssm.utils.device import RandomState

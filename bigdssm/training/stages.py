@@ -52,19 +52,12 @@ from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import BatchBuilder, FixedDocuments, read_batches, row_stream
 from bigdssm.training.chain_start import initialize_from_chain
 from bigdssm.training.checks import check_agreement, check_stage, check_tables, model_difference
-from bigdssm.training.engine import (
-    Engine,
-    device,
-    frozen_checksum,
-    init_process_group,
-    leave_process_group,
-    partitioned_loading,
-    set_weights,
-    undo_patches,
-)
+from bigdssm.training.engine import Engine, frozen_checksum, partitioned_loading, set_weights
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import warmup_steps
+from bigdssm.training.patches import undo_patches
+from bigdssm.training.process_group import device, init_process_group, leave_process_group
 from bigdssm.training.refresh import HardNegativeRefresh, ItemContents, contents_period
 from bigdssm.training.start import (
     NEW_ROWS,

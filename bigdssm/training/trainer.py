@@ -26,10 +26,11 @@ from bigdssm.loader.step_plan import ChunkCounts, LocalStepPlan, StepPlan, max_o
 from bigdssm.loader.stream import RowStream
 from bigdssm.retrieval.embed import DocumentVectors
 from bigdssm.training.batches import BatchBuilder, read_batches
-from bigdssm.training.engine import Engine, device
+from bigdssm.training.engine import Engine
 from bigdssm.training.metrics_logger import MetricsLogger
 from bigdssm.training.objective import Objective
 from bigdssm.training.optimizers import schedule_factor
+from bigdssm.training.process_group import device
 from bigdssm.training.refresh import HardNegativeRefresh, ItemContents
 from bigdssm.training.start import StageProgress, StartPoint
 from bigdssm.training.step import RankReport, StepResult, train_step

@@ -29,7 +29,8 @@ from bigdssm.models import DualEncoder
 from bigdssm.retrieval.embed import DocumentVectors, tower_encoders
 from bigdssm.tables.files import row_file, store_sources, write_row_file
 from bigdssm.training.batches import FixedDocuments
-from bigdssm.training.engine import Engine, device, trained_weights
+from bigdssm.training.engine import Engine, trained_weights
+from bigdssm.training.process_group import device
 from bigdssm.training.start import StageProgress
 from bigdssm.utils import timing
 from bigdssm.utils.atomic import recover, remove

@@ -2,14 +2,17 @@
 
 import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -17,6 +20,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_current_device(function: Callable[P, T]) -> Callable[P, T]:
+    """Return `function` for another thread: there, too, this thread's device is then the current one.
+
+    A thread starts with device 0, where its first operation would allocate memory.
+    """
+    if not torch.cuda.is_available():
+        return function
+    index = torch.cuda.current_device()
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        torch.cuda.set_device(index)
+        return function(*args, **kwargs)
+
+    return run
 
 
 def instruction_set(device: str = "cpu") -> str:

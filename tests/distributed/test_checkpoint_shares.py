@@ -103,7 +103,8 @@ def one_step(
     rank: int, world_size: int, folder: Path, zero_stage: int, step: int
 ) -> tuple[Counter[str], list[TensorPiece], list[TensorPiece]]:
     """Resume from the previous checkpoint, take a step, save; return bytes, and this rank's pieces before and after."""
-    from bigdssm.training.engine import Engine, init_process_group
+    from bigdssm.training.engine import Engine
+    from bigdssm.training.process_group import init_process_group
 
     init_process_group()
     torch.manual_seed(step)  # another model each time, which the checkpoint replaces

@@ -17,7 +17,8 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.convert import ExportSource, export
 from bigdssm.models import new_model
 from bigdssm.models.encoders.lora import base_name
-from bigdssm.training.engine import init_process_group, partitioned_loading
+from bigdssm.training.engine import partitioned_loading
+from bigdssm.training.process_group import init_process_group
 from tests.encoders import FAMILIES, LORA, write_pairs
 
 from . import small_run

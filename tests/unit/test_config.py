@@ -285,6 +285,10 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
         ("pretrain.optimizer.betas={}", ["pretrain.optimizer.betas: got {}, needs a list"]),
         ("pretrain.optimizer.betas=[0.9]", ["pretrain.optimizer.betas: got [0.9], needs 2 values"]),
         ("engine={zero_stage: 0, precision: bf16_pure}", ["engine.zero_stage", "1, 2 or 3 with engine.precision=bf16"]),
+        (
+            "engine={chunk_tokens: 400, precision: bf16_pure}",
+            ["engine.chunk_tokens: got 400", "0 with engine.precision=bf16_pure, which adds gradients in bfloat16"],
+        ),
         ("engine={zero_stage: 0, offload_optimizer: true}", ["engine.zero_stage", "1, 2 or 3", "offload_optimizer"]),
         ("engine={zero_stage: 3, compile: true}", ["engine.compile: got true", "false with engine.zero_stage=3"]),
         ("data.query.history.of=itme", ["data.query.history.of", "itme", "item"]),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Library → the only files or folders that may import it.
 RESERVED = {
-    "deepspeed": ("bigdssm/training/engine.py",),
+    "deepspeed": tuple(f"bigdssm/training/{name}.py" for name in ("engine", "patches", "process_group")),
     "webdataset": ("bigdssm/sources/", "bigdssm/loader/"),
     "torch.distributed": ("bigdssm/distributed.py",),
     "triton": ("bigdssm/losses/kernels/triton_kernels.py",),  # imported by launches on a GPU only

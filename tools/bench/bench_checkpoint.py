@@ -66,7 +66,8 @@ def bench(args: argparse.Namespace) -> None:
 
 def _rank(rank: int, args: argparse.Namespace, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    from bigdssm.training.engine import Engine, init_process_group
+    from bigdssm.training.engine import Engine
+    from bigdssm.training.process_group import init_process_group
 
     init_process_group()
     engine = Engine(Table(args.weights), EngineConfig(zero_stage=args.zero_stage), AdamW(), 1)

@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def _rank(rank: int, args: argparse.Namespace, folder: Path, texts: list[tuple[str, str]]) -> None:
-    from bigdssm.training.engine import init_process_group
+    from bigdssm.training.process_group import init_process_group
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

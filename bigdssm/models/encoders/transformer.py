@@ -43,6 +43,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return [1, P, h, W] for packed [1, h, P, W], else call scaled_dot_product_attention.
 
+    Under autocast rotary embeddings return float32 queries and keys, and a kernel needs the dtype of the values.
+
     Packing is an argument of the call and not in the model's config, so that recomputed activations use the same kind.
     """
     if packed_attention is None or offsets is None:
@@ -53,6 +55,7 @@ def _attend(
     groups = query.shape[1] // key.shape[1]  # query heads per key head
     q = query[0].transpose(0, 1)
     k, v = (part[0].repeat_interleave(groups, dim=0).transpose(0, 1) for part in (key, value))
+    q, k = q.to(v.dtype), k.to(v.dtype)
     bounds = SequenceBounds(offsets, longest)
     attended = packed_attention(q, k, v, bounds, bounds, scaling, causal=module.is_causal, window=sliding_window)
     return attended.unsqueeze(0), None

@@ -32,7 +32,7 @@ from bigdssm.loader.step_plan import ChunkCounts, Chunked, StepPlan, TokenBudget
 from bigdssm.loader.stream import PairStream, RowCounts
 from bigdssm.losses import ListwiseKL, Softmax
 from bigdssm.retrieval.hard_negatives import HardNegatives, window_records
-from bigdssm.training import engine
+from bigdssm.training import engine, process_group
 from bigdssm.training.batches import BatchBuilder, known_pairs, read_batches
 from bigdssm.training.objective import catalogue_share, in_catalogue_share
 from bigdssm.training.optimizers import AdamW, parameter_groups, schedule_factor, warmup_steps
@@ -333,7 +333,7 @@ after = attributes()
 assert before == after, {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 assert ops == deepspeed.ops.__compatible_ops__
 
-from bigdssm.training.engine import MUON, apply_patches, undo_patches
+from bigdssm.training.patches import MUON, apply_patches, undo_patches
 for name in [name for name in sys.modules if name.startswith(MUON)]:
     del sys.modules[name]
 before = attributes()
@@ -416,7 +416,7 @@ def test_deepspeed_still_compiles_muon_on_import() -> None:
 def test_a_norm_is_marked_as_by_deepspeed() -> None:
     from deepspeed.runtime import utils
 
-    from bigdssm.training.engine import _mark
+    from bigdssm.training.patches import _mark
 
     for value in (0.0, 2.5, math.inf, -math.inf, math.nan):
         norms = torch.tensor(value), torch.tensor(value)
@@ -427,10 +427,10 @@ def test_a_norm_is_marked_as_by_deepspeed() -> None:
 
 def test_ranks_with_devices_also_talk_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL alone rejects CPU tensors, in which ranks agree on chunks, losses and stops."""
-    assert engine._backend() == "gloo"
+    assert process_group._backend() == "gloo"
     card = SimpleNamespace(device_name=lambda: "cuda", communication_backend_name=lambda: "nccl")
-    monkeypatch.setattr(engine, "get_accelerator", lambda: card)
-    assert engine._backend() == "cpu:gloo,cuda:nccl"
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: card)
+    assert process_group._backend() == "cpu:gloo,cuda:nccl"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -442,7 +442,7 @@ def test_a_device_has_a_fused_optimizer_and_reductions_behind_the_backward(
     class There(nn.Parameter):
         is_cuda = device == "cuda"
 
-    monkeypatch.setattr(engine, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
     model = Everything()
     for module in model.modules():
         for name, parameter in module._parameters.items():
