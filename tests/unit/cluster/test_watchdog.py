@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bigdssm.cluster.launcher import LauncherMonitor, state_of
 from bigdssm.cluster.watchdog import DEAD_PROCESS_DELAY_S, Peer, Watchdog
@@ -82,6 +83,56 @@ def test_a_rank_whose_collective_ends_with_a_hanging_rank_logs_where_it_waited(
     written = run({**stuck, "wait_for_main": False})
     assert written.startswith("rank 1 waited at:") and "in all_reduce" in written
     assert run({**stuck, "wait_for_main": True}) == "", "the rank ends by its own error"
+
+
+class BackendError(torch.distributed.DistBackendError):
+    """An error of the communication library by itself."""
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict", "expected"),
+    [
+        # no rank is known to be gone: the library's own error stays, and is what the other ranks get
+        (BackendError("NCCL error: No route to host"), None, "BackendError: NCCL error: No route to host"),
+        # another rank was first with its own failure
+        (BackendError("NCCL error: No route to host"), 1, "BackendError: NCCL error: No route to host"),
+        (RuntimeError("Gloo: Connection closed by peer"), None, "PeerError: another rank has closed its connections"),
+        (
+            BackendError("NCCL error: remote"),
+            PeerError.exit_code,
+            "PeerError: rank 2 is gone; the collective of rank 1",
+        ),
+    ],
+)
+def test_only_a_rank_that_is_gone_is_named_for_a_failed_collective(
+    watchdog: Watchdog, error: Exception, verdict: int | None, expected: str
+) -> None:
+    watchdog._threads, watchdog._search_s = [], 0.1  # type: ignore[assignment]
+    watchdog._heartbeat_at = watchdog._exchanged_at = time.monotonic()
+    if verdict is not None:
+        watchdog._verdict = {"text": "rank 2 is gone", "code": verdict, "wait_for_main": True}
+    try:
+        try:
+            raise error
+        except Exception as raised:
+            watchdog.__exit__(type(raised), raised, raised.__traceback__)
+            raise
+    except Exception as final:
+        found = f"{type(final).__name__}: {final}"
+    assert found.startswith(expected)
+    assert str(error) in found
+    assert watchdog._to_publish is not None or verdict is not None
+    if watchdog._to_publish is not None:
+        assert str(error) in watchdog._to_publish["text"] or "closed its connections" in watchdog._to_publish["text"]
+        assert watchdog._to_publish["code"] == (PeerError.exit_code if "PeerError" in found else 1)
+
+
+def test_a_single_rank_has_no_peer_to_name(watchdog: Watchdog) -> None:
+    watchdog._world_size = 1
+    error = BackendError("NCCL error: No route to host, connection reset by peer")
+    started = time.monotonic()
+    assert watchdog._find_cause(error) is None
+    assert time.monotonic() - started < 1.0
 
 
 def test_the_slowest_rank_outside_a_collective_is_blamed(watchdog: Watchdog) -> None:
