@@ -22,6 +22,7 @@ from bigdssm.features.categorical import categorical_of
 from bigdssm.features.conditions import check_features, parse_filter
 from bigdssm.features.history import histories_of
 from bigdssm.utils.components import components_of, require, require_all
+from bigdssm.utils.urls import is_url, redacted
 
 
 def check_config(config: Config) -> None:
@@ -30,6 +31,10 @@ def check_config(config: Config) -> None:
     partition, plain, histories = data.from_partition, data.webdataset, histories_of(data.query)
     require_all(
         (bool(config.run.dir.strip()), "run.dir", repr(config.run.dir), "a folder"),
+        (
+            not is_url(config.run.dir), "run.dir", redacted(config.run.dir),
+            "a folder of a file system; launch/mirror_run.py copies a run to a URL and back",
+        ),
         (bool(data.dir.strip()), "data.dir", repr(data.dir), "a folder"),
         (bool(data.query), "data.query", "no features", "at least one feature"),
         (bool(data.doc), "data.doc", "no features", "at least one feature"),

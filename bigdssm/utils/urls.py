@@ -178,6 +178,33 @@ def upload_folder(folder: Path, url: str, last: str) -> None:
         raise ConfigError(f"{redacted(url)} is read-only; write to a local folder and copy the dataset") from None
 
 
+def download_folder(url: str, folder: Path) -> None:
+    """Copy all files under a URL to a local folder. Raises DataError."""
+    files, path = _filesystem(url, os.getpid())
+    names = [str(name).removeprefix(f"{path}/") for name in _retried(url, partial(files.find, path))]
+    for name in names:
+        download_file(join(url, name), folder / name)
+
+
+def download_file(url: str, file: Path) -> None:
+    """Copy a file at a URL to a local path, whose folder may not exist yet. Raises FileNotFoundError or DataError."""
+    files, path = _filesystem(url, os.getpid())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _retried(url, partial(files.get_file, path, str(file)))
+
+
+def remove_folder(url: str) -> None:
+    """Remove all files under a URL. Raises DataError."""
+    files, path = _filesystem(url, os.getpid())
+    _retried(url, partial(files.rm, path, recursive=True))
+
+
+def upload_file(file: Path, url: str) -> None:
+    """Copy a file to a URL. Raises DataError."""
+    files, path = _filesystem(url, os.getpid())
+    _retried(url, partial(files.put_file, str(file), path))
+
+
 def _size(url: str) -> int:
     size = _call(url, "info")["size"]
     if size is None:

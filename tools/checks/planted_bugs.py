@@ -1901,4 +1901,11 @@ BUGS = [
     Bug("by_hand", "index_operand_is_negative", "stores.postgres:FUNCTIONS",
         "value * far / greatest(norm, 1e-37)", "-value * far / greatest(norm, 1e-37)",
         f"{UNIT}/stores/test_stores_by_hand.py::test_sql_of_the_page"),
+    # Copy of a run: an object store never has a checkpoint with a manifest and without its other files.
+    Bug("copy of a run", "the_manifest_is_copied_first", "utils.urls:upload_folder",
+        "[*(name for name in names if name != last), last]", "[last, *(name for name in names if name != last)]",
+        f"{E2E}/test_mirror_run.py::test_a_run_resumes_elsewhere_from_its_copy"),
+    Bug("copy of a run", "a_url_is_a_run_folder", "config.checks:check_config",
+        "not is_url(config.run.dir), ", "True, ",
+        f"{UNIT}/test_config.py::test_bad_values_are_named"),
 ]  # fmt: skip

@@ -6,9 +6,7 @@ import gzip
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,33 +20,17 @@ from bigdssm.loader.stream import PairStream
 from bigdssm.sources import columnar
 from bigdssm.sources.opening import open_source
 from bigdssm.utils import urls
+from tests.object_store import Bucket, emulated_bucket
 from tests.unit.sources.written_tables import TABLE, in_parts, write_arrow, write_folder, write_parquet
 
-s3fs, server_module = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@dataclass(frozen=True)
-class Store:
-    """A bucket."""
-
-    url: str
-    files: Any  # fsspec's file system
-
-
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    s3fs.S3FileSystem.clear_instance_cache()  # instances of other tests are connected to their server
-    files = s3fs.S3FileSystem()
-    files.mkdir("bucket")
-    yield Store("s3://bucket", files)
-    files.rm("bucket", recursive=True)  # the emulator's buckets are the process's, not the server's
-    server.stop()
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    with emulated_bucket(monkeypatch) as emulated:
+        yield emulated
 
 
 def steps(dataset: Dataset, num_workers: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -59,7 +41,11 @@ def steps(dataset: Dataset, num_workers: int = 0) -> list[tuple[list[int], list[
 
 
 def test_rows_damage_and_the_cache(
-    bucket: Store, interactions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: Bucket,
+    interactions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     url, local = f"{bucket.url}/dt=1/data", Dataset.open(interactions)
@@ -87,7 +73,7 @@ def test_rows_damage_and_the_cache(
         Dataset.open(url, cache=cache)
 
 
-def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(columnar, "ROWS_PER_PART", 110)
     lines = "".join(json.dumps(row) + "\n" for row in TABLE.to_pylist())
@@ -116,7 +102,7 @@ def test_tables(bucket: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_source(f"{bucket.url}/tables/bad.parquet").parts()
 
 
-def test_a_dataset_is_built_from_and_written_to_a_bucket(bucket: Store, tmp_path: Path) -> None:
+def test_a_dataset_is_built_from_and_written_to_a_bucket(bucket: Bucket, tmp_path: Path) -> None:
     pairs = pa.table({"q": [f"q{i}" for i in range(40)], "d": [f"d{i % 9}" for i in range(40)]})
     pq.write_table(pairs, tmp_path / "p.parquet")
     bucket.files.put_file(str(tmp_path / "p.parquet"), "bucket/tables/p.parquet")

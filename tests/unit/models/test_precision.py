@@ -95,6 +95,17 @@ def test_the_emulation_is_measured() -> None:
     assert 0.01 < precision.emulation_factor() < 10_000
 
 
+@pytest.mark.parametrize(("chunks", "expected"), [(4, 0.003), (256, 0.019)])
+def test_gradients_added_in_bfloat16_are_inexact(chunks: int, expected: float) -> None:
+    """The figures of docs/clusters.md, for which bf16_pure refuses chunks."""
+    gradients = torch.randn(chunks, 100_000, generator=torch.Generator().manual_seed(0))
+    added = torch.zeros(100_000, dtype=torch.bfloat16)
+    for gradient in gradients:
+        added += gradient.bfloat16()
+    exact = gradients.double().sum(0)
+    assert float((added - exact).norm() / exact.norm()) == pytest.approx(expected, rel=0.1)
+
+
 def settled_on(rank: int, world_size: int) -> str:
     devices.instruction_set = lambda device="cpu": "amx" if rank != 1 else "none"
     return precision.resolve_engine_precision(EngineConfig(precision="auto"), nn.Linear(256, 256), "cpu").precision
