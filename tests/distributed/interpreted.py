@@ -20,6 +20,7 @@ from bigdssm.losses.kernels import triton_passes
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 MULTIPROCESSORS = 6  # so that some sums are split among programs and others are not
 PAIRS_AT_ONCE = 64  # so that masks are packed in chunks
+ROW_BLOCKS_AT_ONCE = 2  # so that sums of columns are merged
 
 
 def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any:
@@ -31,6 +32,7 @@ def by_kernels(loss: Callable[..., Any], *tensors: Any, **arguments: Any) -> Any
         mock.patch.object(triton_passes, "available", lambda x: x.U.dtype != torch.float64),
         mock.patch.object(triton_passes, "_multiprocessors", lambda device: MULTIPROCESSORS),
         mock.patch.object(triton_passes, "_PAIRS_AT_ONCE", PAIRS_AT_ONCE),
+        mock.patch.object(triton_passes, "_ROW_BLOCKS_AT_ONCE", ROW_BLOCKS_AT_ONCE),
         mock.patch.object(triton_passes.FusedMatrix, "of", lambda *given: launched.append(1) or pass_of(*given)),
     ):
         found = loss(*tensors, **arguments)

@@ -1901,6 +1901,14 @@ BUGS = [
     Bug("by_hand", "index_operand_is_negative", "stores.postgres:FUNCTIONS",
         "value * far / greatest(norm, 1e-37)", "-value * far / greatest(norm, 1e-37)",
         f"{UNIT}/stores/test_stores_by_hand.py::test_sql_of_the_page"),
+    # Memory: both directions of the softmax take memory of the vectors, not of blocks × columns.
+    Bug("memory of the loss", "column_sums_of_all_blocks_at_once", "losses.kernels.triton_passes:_sums",
+        "at_once = min(row_blocks, _ROW_BLOCKS_AT_ONCE) if over_rows else row_blocks", "at_once = row_blocks",
+        f"{UNIT}/losses/kernels/test_triton_kernels.py::test_both_directions_take_memory_of_the_vectors"),
+    Bug("memory of the loss", "column_sums_of_the_last_blocks_alone", "losses.kernels.triton_passes:_sums",
+        "torch.logaddexp(log_N, _log_sum_of_blocks(largest_bN, total_bN), out=log_N)",
+        "log_N = _log_sum_of_blocks(largest_bN, total_bN)",
+        f"{RANKS}/test_kernels.py::test_equals_the_dense_reference"),
     # Copy of a run: an object store never has a checkpoint with a manifest and without its other files.
     Bug("copy of a run", "the_manifest_is_copied_first", "utils.urls:upload_folder",
         "[*(name for name in names if name != last), last]", "[last, *(name for name in names if name != last)]",

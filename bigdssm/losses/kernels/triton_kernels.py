@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 # they change from batch to batch and must not trigger recompilation
-_SIZES = ("m", "N", "W_units", "column_tiles", "tiles_per_split")
+_SIZES = ("first_block", "m", "N", "W_units", "column_tiles", "tiles_per_split")
 
 
 @triton.jit
@@ -53,16 +53,17 @@ def _drop(s, bits_ptr, slot, row, column, ROWS: tl.constexpr, COLUMNS: tl.conste
 def sums_kernel(
     U_ptr, W_ptr, offset_ptr, neg_offset_ptr, slots_ptr, bits_ptr,
     row_max_ptr, row_sum_ptr, weighted_ptr, column_max_ptr, column_sum_ptr,
-    m, N, W_units, column_tiles, tiles_per_split, alpha2,
+    first_block, m, N, W_units, column_tiles, tiles_per_split, alpha2,
     ALIGNED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NEG_BIAS: tl.constexpr, OVER_ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the maximum of each row and Σ_j 2^(S2 − maximum) [s, m], over the split's columns.
 
+    The rows are those of the launch, from block `first_block` on.
     WEIGHTED: also Σ_j 2^(S2 − maximum) w_j [s, m, D];
-    OVER_ROWS: also maximum and sum of each column over the block of rows [row blocks, N], without neg_offset.
+    OVER_ROWS: also maximum and sum of each column over the block of rows [blocks of the launch, N], without neg_offset.
     """
-    block, split = tl.program_id(0), tl.program_id(1)
+    block, split = first_block + tl.program_id(0), tl.program_id(1)
     rows = block * ROWS + tl.arange(0, ROWS)
     u = _vectors(U_ptr, D, block * ROWS, m, ROWS, D, BLOCK_D)
     slots_ptr += (block * ROWS // 128) * column_tiles
@@ -85,7 +86,7 @@ def sums_kernel(
             column_largest = tl.max(s, 0)
             shift = tl.where(column_largest == float("-inf"), 0.0, column_largest)
             column_total = tl.sum(tl.exp2(s - shift[None, :]), 0)
-            offsets = block.to(tl.int64) * N + columns
+            offsets = tl.program_id(0).to(tl.int64) * N + columns
             tl.store(column_max_ptr + offsets, column_largest, mask=columns < N)
             tl.store(column_sum_ptr + offsets, column_total, mask=columns < N)
         if NEG_BIAS:

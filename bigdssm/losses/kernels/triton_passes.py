@@ -20,9 +20,11 @@ SHARED_BYTES = 168 << 10  # shared memory of the largest kernel on an H100 (198 
 LOG2_E = 1 / math.log(2)  # kernels compute scores in base 2
 _LN_2 = math.log(2)
 _MOST_SPLITS = 16
+_PARTS_BYTES = 1 << 29  # of the sums of all splits, which are added up
 _WRITING_TILES = 6  # cost of writing and adding up the sums of a program, in tiles
 _PAIRS_AT_ONCE = 1 << 23
 _CELLS_AT_ONCE = 1 << 28  # bytes of the rows that are packed at once
+_ROW_BLOCKS_AT_ONCE = 64  # with column sums: two numbers per block and column, 512 bytes per column
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def split(matrix: FusedMatrix, outer: int, tiles: int) -> int:
     def cost(splits: int) -> int:
         return math.ceil(outer * splits / concurrent) * (math.ceil(tiles / splits) + _WRITING_TILES)
 
-    splits = min(range(1, min(_MOST_SPLITS, tiles) + 1), key=cost)
+    sum_bytes = 4 * max(1, outer) * matrix.blocks.outer * matrix.U_mD.shape[1]
+    most = max(1, min(_MOST_SPLITS, tiles, _PARTS_BYTES // sum_bytes))
+    splits = min(range(1, most + 1), key=cost)
     return math.ceil(tiles / math.ceil(tiles / splits))  # no split is empty
 
 
@@ -211,32 +215,41 @@ def _sums(
     weighted: also Σ exp(S − maximum) w, float32 [s, m, D]; over_rows: also the column log-sum-exps over this rank's
     rows, float64 [N].
     """
-    (m, D), N, blocks = matrix.U_mD.shape, matrix.W_ND.shape[0], matrix.blocks
-    height, width = blocks.outer, blocks.inner
-    grid = math.ceil(m / height), split(matrix, math.ceil(m / height), math.ceil(N / width))
+    (m, D), N = matrix.U_mD.shape, matrix.W_ND.shape[0]
+    height, width = matrix.blocks.outer, matrix.blocks.inner
+    row_blocks, tiles = math.ceil(m / height), math.ceil(N / width)
+    at_once = min(row_blocks, _ROW_BLOCKS_AT_ONCE) if over_rows else row_blocks
+    splits = split(matrix, at_once, tiles)
     new = offset_N.new_empty
-    largest_sm, total_sm = offset_N.new_full((grid[1], m), -math.inf), offset_N.new_zeros((grid[1], m))
-    weighted_smD = new((grid[1], m, D)) if weighted else None
-    of_columns = new((2, grid[0], N)) if over_rows else None
-    if m and N:
+    largest_sm, total_sm = offset_N.new_full((splits, m), -math.inf), offset_N.new_zeros((splits, m))
+    weighted_smD = new((splits, m, D)) if weighted else None
+    of_columns = new((2, at_once, N)) if over_rows else None
+    log_N = torch.full((N,), -math.inf, dtype=torch.float64, device=offset_N.device) if over_rows else None
+    for first in range(0, row_blocks if N else 0, max(1, at_once)):
+        launched = min(at_once, row_blocks - first)
         launch(
-            "sums_kernel", grid, matrix.U_mD, matrix.W_ND, offset_N, offset_N if neg_offset_N is None else neg_offset_N,
+            "sums_kernel", (launched, splits), matrix.U_mD, matrix.W_ND,
+            offset_N, offset_N if neg_offset_N is None else neg_offset_N,
             matrix.slots, matrix.bits, largest_sm, total_sm, total_sm if weighted_smD is None else weighted_smD,
             *((total_sm, total_sm) if of_columns is None else of_columns),
-            *matrix.sizes, math.ceil(math.ceil(N / width) / grid[1]), matrix.alpha * LOG2_E,
+            first, *matrix.sizes, math.ceil(tiles / splits), matrix.alpha * LOG2_E,
             ROWS=height, COLUMNS=width, NEG_BIAS=neg_offset_N is not None, OVER_ROWS=over_rows, WEIGHTED=weighted,
             **matrix.constants,
         )  # fmt: skip
-    elif weighted_smD is not None:
+        if of_columns is not None and log_N is not None:
+            largest_bN, total_bN = of_columns[:, :launched]
+            torch.logaddexp(log_N, _log_sum_of_blocks(largest_bN, total_bN), out=log_N)
+    if weighted_smD is not None and not N:
         weighted_smD.zero_()
-    log_N = None
-    if of_columns is not None:  # combine the maxima (in base 2) and sums relative to them of all blocks of rows
-        largest_bN, total_bN = of_columns
-        largest_N = largest_bN.amax(0) if grid[0] else new(N).fill_(-math.inf)
-        shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
-        total_N = (largest_bN - shift_N).exp2_().mul_(total_bN).sum(0, dtype=torch.float64)
-        log_N = total_N.log_() + shift_N.double() * _LN_2
     return largest_sm.double() * _LN_2, total_sm.double(), weighted_smD, log_N
+
+
+def _log_sum_of_blocks(largest_bN: Tensor, total_bN: Tensor) -> Tensor:
+    """Return the natural log of Σ_b total · 2^largest, float64 [N]; `largest_bN` is overwritten."""
+    largest_N = largest_bN.amax(0)
+    shift_N = torch.where(largest_N == -math.inf, 0.0, largest_N)
+    total_N = largest_bN.sub_(shift_N).exp2_().mul_(total_bN).sum(0, dtype=torch.float64)
+    return total_N.log_() + shift_N.double() * _LN_2
 
 
 def _write_gradients(

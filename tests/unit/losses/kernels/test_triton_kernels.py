@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bigdssm.losses import fps_loss
 from bigdssm.losses.kernels import triton_passes
+from bigdssm.losses.kernels.torch_passes import Coefficients, GradientSums
+from bigdssm.losses.kernels.triton_passes import FusedMatrix
+from bigdssm.training.estimate import LiveBytes
 
 triton = pytest.importorskip("triton")
 SHARED_BYTES = 227 << 10  # of an H100's multiprocessor
@@ -99,3 +103,23 @@ def test_compiles_without_tensor_cores(D: int, monkeypatch: pytest.MonkeyPatch) 
         assert "mma" not in binary.asm["ptx"]
         assert binary.metadata.shared <= triton_passes.SHARED_BYTES
         assert spilled == [0, 0]
+
+
+def test_both_directions_take_memory_of_the_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million queries and documents: the passes take little more than their two gradients, of 8 · n · D bytes."""
+    launched: list[str] = []
+    monkeypatch.setattr(triton_passes, "launch", lambda kernel, *arguments, **options: launched.append(kernel))
+    monkeypatch.setattr(triton_passes, "_multiprocessors", lambda device: 132)
+    n, D = 1 << 20, 128
+    with FakeTensorMode():
+        U, W = (torch.empty(n, D, dtype=torch.bfloat16) for _ in "UW")
+        slots, bits = torch.empty(n // 128, n // 128, dtype=torch.int32), torch.empty(1, 2, 128, dtype=torch.int64)
+        matrix = FusedMatrix(U, W, torch.arange(n), 20.0, slots, bits)
+        with LiveBytes() as live:
+            rows, column_N = triton_passes.column_pass(matrix, None, None, None)
+            ones = torch.ones_like(column_N)
+            coefficients = Coefficients(ones, rows.log_sum, None, ones, column_N)
+            sums = GradientSums(torch.zeros(n, D), torch.zeros(n, D), None)
+            triton_passes.gradient_pass(matrix, None, True, coefficients, sums)
+    assert launched == ["sums_kernel"] * (n // 128 // 64) + ["gradient_kernel"] * 2
+    assert live.peak < 9 * n * D
