@@ -19,6 +19,7 @@ from bigdssm import distributed
 from bigdssm.config import FrequencyCorrection
 from bigdssm.distributed import Group
 from bigdssm.losses.inputs import LossInputError, add_biases
+from bigdssm.utils.hashing import MIX64_INCREMENT, MIX64_STEPS, signed64
 
 _COUNTS_AT_ONCE = 1 << 20
 
@@ -156,17 +157,11 @@ class StreamingFrequency:
     def _buckets(self, ids: Tensor) -> Tensor:
         """Return int64 [hashes, n], the index of each id in the flat tables, by splitmix64 in torch for any device."""
         hashes = torch.arange(1, self.num_hashes + 1, device=ids.device)[:, None]
-        x = ids + hashes * _wrap(0x9E3779B97F4A7C15)
-        x = (x ^ _shift_right(x, 30)) * _wrap(0xBF58476D1CE4E5B9)
-        x = (x ^ _shift_right(x, 27)) * _wrap(0x94D049BB133111EB)
-        x = x ^ _shift_right(x, 31)
+        x = ids + hashes * signed64(MIX64_INCREMENT)
+        for distance, factor in MIX64_STEPS:
+            x = x ^ _shift_right(x, distance)
+            x = x if factor is None else x * signed64(factor)
         return _shift_right(x, 1) % self.num_buckets + (hashes - 1) * self.num_buckets
-
-
-def _wrap(value: int) -> int:
-    """Return the int64 with the same 64 bits."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

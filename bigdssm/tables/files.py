@@ -27,7 +27,8 @@ from torch import Tensor
 
 from bigdssm.errors import CheckpointError
 from bigdssm.features.base import OUT_OF_VOCABULARY
-from bigdssm.tables.rows import ROWS_AT_ONCE, TableSpec, initial_rows
+from bigdssm.tables.initial_rows import initial_rows
+from bigdssm.tables.rows import ROWS_AT_ONCE, TableSpec
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.utils.safetensors_header import safetensors_header
 
@@ -272,7 +273,7 @@ class MappedTables:
         spec = self.specs[name]
         distinct, inverse = np.unique(rows.detach().cpu().numpy(), return_inverse=True)
         by_chain = [self._find(chain, name, distinct) for chain in self.chains]
-        values = initial_rows(distinct, spec.dim, self.key(name), spec.std)
+        values = initial_rows(distinct, spec.dim, self.key(name), spec.std).numpy()
         for chain, (index, number, positions) in zip(self.chains, by_chain, strict=True):
             values[index] = _tensor(_gather(chain, name, VALUES, number, positions)).float().numpy()
         if spec.admit_after > 1:  # rows that are not admitted have the vector of the one out of vocabulary

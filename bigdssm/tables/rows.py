@@ -19,14 +19,13 @@ from torch import Tensor
 from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import DiskFullError
 from bigdssm.features.base import FIRST_CODE, OUT_OF_VOCABULARY
+from bigdssm.tables.initial_rows import initial_rows
 from bigdssm.utils.device import to_device
 from bigdssm.utils.hashing import derive_key, hash64, mix64
 
 SHARDS = 4096  # virtual shards, a power of 2: the maximum number of ranks
 _SPREAD = 2_654_435_761  # odd: neighbouring rows, often of similar frequency, are in distant shards
 _INVERSE_SPREAD = pow(_SPREAD, -1, SHARDS)  # from a shard to its rows, modulo SHARDS
-_BITS = 16  # of each of the four numbers in a hash
-_UNIT = float(np.sqrt(4 * ((1 << 2 * _BITS) - 1) / 12))  # standard deviation of their sum
 
 ROWS_AT_ONCE = 1 << 16  # copied to the host
 DIRECT_ROWS = 1 << 31  # of a table whose storage has a position for each row; larger ones have keyed storage
@@ -122,16 +121,6 @@ def shard_of(rows: np.ndarray) -> np.ndarray:
 def table_key(seed: int, name: str) -> int:
     """Return the key of a table's initial values."""
     return derive_key(seed, hash64(name))
-
-
-def initial_rows(rows: np.ndarray, dim: int, key: int, std: float) -> np.ndarray:
-    """Return the initial values float32 [n, d] of rows int64 [n].
-
-    Sums of four uniform integers, nearly normal: their bits are the same on any processor.
-    """
-    bits = mix64(rows.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64), key)
-    total = sum((bits >> np.uint64(shift)).astype(np.int64) & 0xFFFF for shift in range(0, 64, _BITS))
-    return (total - 2 * 0xFFFF).astype(np.float32) * np.float32(std / _UNIT)
 
 
 class SparseFile:
@@ -254,6 +243,7 @@ class RowStore:
         self.occurrences = self._on_host(size, 1, np.int16).reshape(-1) if counted else None
         self._released: list[tuple[int, np.ndarray]] = []  # a step, and rows that it evicted before they were replaced
         self.evictions_known_from = 0  # the first step from which all of them are listed
+        self._read_initial: tuple[np.ndarray, Tensor] | None = None  # distinct rows of the last read, and their values
 
     def _on_host(self, size: int, width: int, dtype: type, name: str | None = None) -> np.ndarray:
         """Return zeros [size, width]; in a file, the pages of those without a name are allocated at once."""
@@ -361,10 +351,19 @@ class RowStore:
         """Set rows that were never updated, or are evicted before `step`, to their initial values."""
         new = np.flatnonzero((self.updated[positions] == 0) | self._expired(positions, step))
         if len(new):
-            initial = torch.from_numpy(initial_rows(rows[new], self.spec.dim, self.key, self.spec.std))
             index = to_device(torch.from_numpy(new), values.device)
-            values.index_copy_(0, index, to_device(initial, values.device))
+            values.index_copy_(0, index, self._initial(rows[new], values.device))
         return values
+
+    def _initial(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Return the initial values of rows; those of an update are computed once, when they are read."""
+        if self._read_initial is None or not np.isin(rows, self._read_initial[0]).all():
+            distinct = np.unique(rows)
+            self._read_initial = distinct, initial_rows(distinct, self.spec.dim, self.key, self.spec.std, device)
+        distinct, values = self._read_initial
+        if np.array_equal(distinct, rows):
+            return values
+        return values.index_select(0, to_device(torch.from_numpy(np.searchsorted(distinct, rows)), device))
 
     def update(self, rows: np.ndarray, gradients: Tensor, lr: float, step: int) -> None:
         """Apply gradients float32 [n, d] to distinct rows."""
@@ -382,6 +381,7 @@ class RowStore:
         if self.occurrences is not None:
             self.occurrences[positions] = np.minimum(self.occurrences[positions] + 1, self.spec.admit_after)
         self.updated[positions] = step + 1
+        self._read_initial = None
 
     def trim(self, step: int) -> None:
         """Reduce each virtual shard with more rows than its capacity to 7/8 of it; the rows updated last are retained.

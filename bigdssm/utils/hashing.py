@@ -16,7 +16,9 @@ import pyarrow as pa
 import xxhash
 
 _MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
+MIX64_ROUNDS = 2
+MIX64_INCREMENT = 0x9E3779B97F4A7C15
+MIX64_STEPS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, None))  # x ^= x >> distance; x *= factor
 
 
 def hash64(text: str) -> int:
@@ -32,14 +34,19 @@ def hex64(text: str) -> str:
 def mix64(values: np.ndarray, key: int) -> np.ndarray:
     """Hash integers with a key, uint64 (the finaliser of splitmix64, twice)."""
     x = values.astype(np.uint64) + np.uint64(key & _MASK)
-    for _ in range(2):
-        x += np.uint64(_GAMMA)
-        x ^= x >> np.uint64(30)
-        x *= np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(27)
-        x *= np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
+    for _ in range(MIX64_ROUNDS):
+        x += np.uint64(MIX64_INCREMENT)
+        for distance, factor in MIX64_STEPS:
+            x ^= x >> np.uint64(distance)
+            if factor is not None:
+                x *= np.uint64(factor)
     return x
+
+
+def signed64(value: int) -> int:
+    """Return the int64 with the same lower 64 bits, for tensors."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
 
 
 def derive_key(*parts: int) -> int:

@@ -18,8 +18,9 @@ from bigdssm.checkpoints.store import CheckpointStore
 from bigdssm.errors import BigDSSMError, CheckpointError
 from bigdssm.tables import sharded
 from bigdssm.tables.files import MappedTables, RowFile, load_tables
+from bigdssm.tables.initial_rows import initial_rows
 from bigdssm.tables.optimizers import LazyAdam
-from bigdssm.tables.rows import TableSpec, initial_rows, table_key
+from bigdssm.tables.rows import TableSpec, table_key
 from bigdssm.tables.sharded import ShardedTables
 
 from .spawn import Pool
@@ -188,7 +189,7 @@ def test_evicted_rows_have_their_initial_values(two: tuple[Path, Any]) -> None:
         MappedTables(read_manifest(two[0] / f"step-0000000{step}").table_files(), specs) for step in (5, 9)
     )
     evicted = np.arange(7001, 12_001)
-    initial = torch.from_numpy(initial_rows(evicted, 4, table_key(0, "items"), 0.02))
+    initial = initial_rows(evicted, 4, table_key(0, "items"), 0.02)
     assert torch.equal(after.look_up("items", torch.from_numpy(evicted)), initial)
     assert (before.look_up("items", torch.from_numpy(evicted)) != initial).any(1).all()
 
@@ -200,7 +201,7 @@ def test_a_row_that_was_not_admitted_has_the_vector_out_of_vocabulary(two: tuple
     together = chains.look_up("tags", rows)
     assert torch.equal(together, torch.stack([chains.look_up("tags", row[None])[0] for row in rows]))
     assert torch.equal(together[499], together[1]) and not torch.equal(together[50], together[1])
-    initial = initial_rows(np.array([1]), 3, table_key(0, "tags"), 0.02)
+    initial = initial_rows(np.array([1]), 3, table_key(0, "tags"), 0.02).numpy()
     assert not torch.equal(together[1], torch.from_numpy(initial[0])), "it is trained"
 
 

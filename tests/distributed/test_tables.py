@@ -18,9 +18,11 @@ from bigdssm.config.components import TableOptimizerConfig
 from bigdssm.errors import CheckpointError
 from bigdssm.loader.batch import Batch
 from bigdssm.tables.files import MappedTables, load_tables, row_file, store_sources, write_row_file
-from bigdssm.tables.rows import SHARDS, RowPartition, TableSpec, initial_rows, shard_of, table_key
+from bigdssm.tables.initial_rows import initial_rows
+from bigdssm.tables.rows import SHARDS, RowPartition, RowStore, TableSpec, shard_of, table_key
 from bigdssm.tables.sharded import ShardedTables
 from bigdssm.training.batches import drop_ids
+from tests import simgpu
 
 from .spawn import Pool
 
@@ -98,7 +100,7 @@ class Dense:
     def __init__(self, optimizer: str) -> None:
         self.weights = {
             spec.name: torch.from_numpy(
-                initial_rows(np.arange(spec.rows), spec.dim, table_key(SEED, spec.name), spec.std)
+                initial_rows(np.arange(spec.rows), spec.dim, table_key(SEED, spec.name), spec.std).numpy()
             )
             for spec in SPECS
         }
@@ -206,7 +208,7 @@ def test_row_files_are_read_by_other_ranks_and_larger_tables(pools: dict[int, Po
         for spec in SPECS:
             assert torch.equal(grown[spec.name][: spec.rows], saved[spec.name])
             new = np.arange(spec.rows, spec.rows * 3 // 2)
-            initial = initial_rows(new, spec.dim, table_key(SEED, spec.name), spec.std)
+            initial = initial_rows(new, spec.dim, table_key(SEED, spec.name), spec.std).numpy()
             np.testing.assert_array_equal(grown[spec.name][spec.rows :], initial)
     for spec in SPECS:
         rows = torch.arange(spec.rows).view(-1, 10 if spec.rows % 10 == 0 else 1)
@@ -256,13 +258,60 @@ def test_the_division_of_rows() -> None:
 
 def test_initial_values_are_those_of_their_rows() -> None:
     rows = np.arange(1, 20_001)
-    values = initial_rows(rows, 16, table_key(0, "items"), 0.02)
-    np.testing.assert_array_equal(initial_rows(rows[::-7], 16, table_key(0, "items"), 0.02), values[::-7])
+    values = initial_rows(rows, 16, table_key(0, "items"), 0.02).numpy()
+    np.testing.assert_array_equal(initial_rows(rows[::-7], 16, table_key(0, "items"), 0.02).numpy(), values[::-7])
     assert values.std() == pytest.approx(0.02, rel=0.01) and abs(values.mean()) < 1e-4
     for other in (table_key(1, "items"), table_key(0, "users")):
-        assert abs(np.corrcoef(initial_rows(rows, 16, other, 0.02).ravel(), values.ravel())[0, 1]) < 0.01
+        assert abs(np.corrcoef(initial_rows(rows, 16, other, 0.02).numpy().ravel(), values.ravel())[0, 1]) < 0.01
     assert abs(np.corrcoef(values[:-1].ravel(), values[1:].ravel())[0, 1]) < 0.01
-    assert values.view(np.int32).sum() == initial_rows(rows, 16, table_key(0, "items"), 0.02).view(np.int32).sum()
+    assert (
+        values.view(np.int32).sum() == initial_rows(rows, 16, table_key(0, "items"), 0.02).numpy().view(np.int32).sum()
+    )
+
+
+def initial_value(row: int, column: int, dim: int, key: int, std: float) -> np.float32:
+    """The definition, in Python's integers."""
+    bits = key + row * dim + column
+    for _ in range(2):
+        bits = (bits + 0x9E3779B97F4A7C15) % (1 << 64)
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % (1 << 64)
+        bits ^= bits >> 31
+    total = sum(bits >> shift & 0xFFFF for shift in (0, 16, 32, 48))
+    return np.float32(total - 2 * 0xFFFF) * np.float32(std / np.sqrt(4 * ((1 << 32) - 1) / 12))
+
+
+def test_initial_values_have_the_same_bits_on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million of them by NumPy and by torch, in blocks of other sizes, and a thousand by the definition."""
+    rows, key = np.random.RandomState(0).randint(0, 10**12, 15_626), table_key(0, "items")
+    values = initial_rows(rows, 64, key, 0.02).numpy()
+    monkeypatch.setattr("bigdssm.tables.initial_rows._DEVICE_NUMBERS", 10_000)
+    with simgpu.Device():
+        on_device = initial_rows(rows, 64, key, 0.02, simgpu.PLACE)
+        assert on_device.device == simgpu.PLACE
+        found = on_device.cpu().numpy()
+    np.testing.assert_array_equal(found.view(np.int32), values.view(np.int32))
+    for place in range(1000):
+        row, column = place * 13, place % 64
+        assert values[row, column] == initial_value(int(rows[row]), column, 64, key, 0.02)
+
+
+def test_initial_values_of_an_update_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counted(rows: np.ndarray, *arguments: Any) -> torch.Tensor:
+        computed.append(len(rows))
+        return initial_rows(rows, *arguments)
+
+    monkeypatch.setattr("bigdssm.tables.rows.initial_rows", counted)
+    spec = TableSpec("items", 1000, 4)
+    store = RowStore(spec, SEED, RowPartition(0, 1), optimizer_of("plain"), torch.device("cpu"))
+    requested = np.array([5, 9, 5, 2])  # by two ranks
+    store.read(requested, 0)
+    store.update(np.array([2, 5, 9]), torch.ones(3, 4), 0.1, 0)
+    assert computed == [3]
+    store.read(requested, 1)
+    assert computed == [3]
 
 
 LIVES = TableSpec("lives", 100, 4, std=0.1, admit_after=2, evict_after=3)
@@ -298,7 +347,7 @@ def test_rows_are_admitted_and_evicted(pools: dict[int, Pool]) -> None:
     assert is_unknown(frequent) == [True, True, *[False] * 6]  # admitted after its second step
     assert is_unknown(rare) == [True] * 8  # steps 0 and 5: it is evicted in between
     assert is_unknown(late) == [True] * 5 + [False] * 3  # steps 1, 4, 5, 6
-    initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1)[0]
+    initial = initial_rows(np.array([2]), 4, table_key(SEED, "lives"), 0.1).numpy()[0]
     np.testing.assert_array_equal(frequent[2], initial.astype(np.float32))  # not trained while it was unknown
     assert (frequent[3] != frequent[2]).all() and (unknown[1] != unknown[0]).all()
 
@@ -444,7 +493,7 @@ def train_shared(rank: int, world_size: int, folder: Path) -> tuple[Tensor, list
 
 def test_vectors_of_hashed_ids_are_sums_of_shared_rows(pools: dict[int, Pool], tmp_path: Path) -> None:
     """Against torch.nn.functional.embedding of a dense table; each hash is uniform and independent of the others."""
-    initial = initial_rows(np.arange(52), 4, table_key(SEED, "shared"), 0.1)
+    initial = initial_rows(np.arange(52), 4, table_key(SEED, "shared"), 0.1).numpy()
     dense = torch.nn.Parameter(torch.from_numpy(initial))
 
     def vectors(codes: np.ndarray) -> Tensor:
