@@ -33,7 +33,7 @@ def check_config(config: Config) -> None:
         (bool(config.run.dir.strip()), "run.dir", repr(config.run.dir), "a folder"),
         (
             not is_url(config.run.dir), "run.dir", redacted(config.run.dir),
-            "a folder of a file system; launch/mirror_run.py copies a run to a URL and back",
+            "a folder of a file system; bigdssm mirror_run copies a run to a URL and back",
         ),
         (bool(data.dir.strip()), "data.dir", repr(data.dir), "a folder"),
         (bool(data.query), "data.query", "no features", "at least one feature"),

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 import bigdssm
-from launch.mirror_run import main
+from bigdssm.commands.mirror_run import main
 from tests.distributed import small_run
 from tests.object_store import Bucket, emulated_bucket
 
@@ -26,7 +26,7 @@ EIGHT = ["pretrain.steps=8", "pretrain.epochs=0", "pretrain.save_every_steps=2",
 STALLED = """
 import sys, time
 import s3fs
-from launch.mirror_run import main
+from bigdssm.commands.mirror_run import main
 put = s3fs.S3FileSystem.put_file
 def stalling(self, source, target, **options):
     if target.endswith("manifest.json"):

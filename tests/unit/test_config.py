@@ -380,7 +380,7 @@ def test_the_shipped_configs_load_also_with_the_overrides_of_their_headers(file:
             "pretrain.loss.position_bias=3",
             ["pretrain.loss.position_bias: got 3, needs 0, or negatives that"],
         ),
-        ("run.dir=s3://key:secret@a/b", ["run.dir", "s3://", "a folder of a file system", "launch/mirror_run.py"]),
+        ("run.dir=s3://key:secret@a/b", ["run.dir", "s3://", "a folder of a file system", "bigdssm mirror_run"]),
         ("run.seed=-1", ["run.seed", "got -1"]),
         ("model.doc.mlp=[{a: 1}]", ["model.doc.mlp[0]: got {'a': 1}, needs an integer, at least 1"]),
         ("pretrain.loss.widths=[{a: 1}]", ["pretrain.loss.widths[0]: got {'a': 1}, needs an integer"]),
