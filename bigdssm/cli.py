@@ -123,6 +123,7 @@ def command(*options: Declaration) -> Callable[[Callable[[argparse.Namespace], i
         def parse_and_run(argv: Sequence[str] | None) -> int | None:
             parser = command_parser(sys.modules[main.__module__].__doc__, *options)
             args = parser.parse_intermixed_args(argv)  # key=value may be anywhere
+            args.command_line = list(sys.argv[1:] if argv is None else argv)
             args.changed_options = {name for name, value in vars(args).items() if value != parser.get_default(name)}
             return main(args)
 

@@ -193,8 +193,8 @@ def weight_names(folder: Path) -> set[str]:
     return names
 
 
-def load_model_folder(folder: Path) -> ModelFolder:
-    """Load the model in `folder` and verify its checksums.
+def load_model_folder(folder: Path, device: torch.device | str = "cpu") -> ModelFolder:
+    """Load the model in `folder` to a device and verify its checksums.
 
     Raises CheckpointError: no such folder, a missing or damaged file, or weights that do not match config and schema.
     """
@@ -241,7 +241,7 @@ def load_model_folder(folder: Path) -> ModelFolder:
         ArithmeticError, AttributeError, LookupError, TypeError,  # raised by transformers for a damaged architecture
     ) as error:  # fmt: skip
         raise CheckpointError(f"the model folder {folder} does not load: {' '.join(str(error).split())}") from None
-    model.eval()
+    model.to(device).eval()
     has_tokenizer = f"{TOKENIZER_DIR}/{TOKENIZER_FILE}" in meta["checksums"]
     if schema.has_text and not has_tokenizer:
         raise CheckpointError(f"{folder}: {META_FILE} does not list {TOKENIZER_DIR}/{TOKENIZER_FILE}; copy it again")

@@ -125,6 +125,13 @@ def _fields(pid: int) -> list[str] | None:
         return None
 
 
+def share_cores(ranks: int) -> None:
+    """Divide the cores of this machine among ranks to be started, unless OMP_NUM_THREADS is set."""
+    from joblib import cpu_count
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // ranks)))
+
+
 def run_ranks(command: Sequence[str], ranks: int, stop: StopRequest, launcher: LauncherMonitor) -> int:
     """Run `command` on all ranks of a run on this machine; return the exit code of the run.
 

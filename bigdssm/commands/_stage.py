@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 
 from bigdssm.cli import at_least, command_parser, option, run_main
-from bigdssm.cluster.launcher import LauncherMonitor, check_launch, is_rank, run_ranks
+from bigdssm.cluster.launcher import LauncherMonitor, check_launch, is_rank, run_ranks, share_cores
 from bigdssm.cluster.signals import StopRequest
 from bigdssm.config import StageName, load_config
 from bigdssm.errors import BigDSSMError, ConfigError, PeerError
@@ -120,7 +120,7 @@ def _prepare_ranks(arguments: argparse.Namespace) -> int:
     if not gpus:
         where = os.environ["DS_ACCELERATOR"] = forced or "cpu"
     if ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
+        share_cores(ranks)
     threads = os.environ.get("OMP_NUM_THREADS", cores)
     logger.info(
         "ranks: %d on %s, %s threads per rank, %d cores (set by --ranks, DS_ACCELERATOR, OMP_NUM_THREADS)",

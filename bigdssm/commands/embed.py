@@ -2,7 +2,8 @@
 
     bigdssm embed --model MODEL --data DATASET --out VECTORS [--format fvecs parquet]
     bigdssm embed --model MODEL --data DATASET --out VECTORS --dtype int8
-    torchrun --nproc-per-node 8 -m bigdssm.commands.embed --model MODEL --data DATASET --out VECTORS
+    bigdssm embed --model MODEL --data DATASET --out VECTORS --ranks 8 [--device cpu]
+    torchrun --nnodes 2 --nproc-per-node 8 … -m bigdssm.commands.embed --model MODEL --data DATASET --out VECTORS
 
 VECTORS/vectors.npy is float32 [documents, D+1]: [alpha * w, beta], whose inner product with a query's [u, 1] is the
 training score. --dtype float16 needs half the space, int8 about a quarter, binary (one sign bit per dimension) about
@@ -19,8 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import DATA, OVERWRITE, command, option
+from bigdssm.commands._ranks import DEVICE, RANKS, run_on_ranks
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.retrieval.embed import check_width, tower_encoders, truncate_encoders
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
@@ -36,6 +40,7 @@ from bigdssm.retrieval.vectors import (
     write_file,
     write_vectors,
 )
+from bigdssm.utils.device import find_device
 from bigdssm.utils.log import ProgressBar
 
 
@@ -59,15 +64,19 @@ from bigdssm.utils.log import ProgressBar
         help="additional file formats; npy: no other (default: none)",
     ),
     option("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="documents per shard (default: %(default)s)"),
+    DEVICE,
+    RANKS,
     OVERWRITE,
 )
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     """Run the command line."""
+    if (code := run_on_ranks("embed", args)) is not None:
+        return code
     with ProgressBar() as progress:
         work = Share.from_launcher(args.rows_per_shard, progress)
         written, parity = embed(
             args.model, args.data, args.out, work, since=args.since, width=args.width, dtype=args.dtype,
-            formats=args.format, overwrite=args.overwrite,
+            formats=args.format, overwrite=args.overwrite, device=find_device(args.device),
         )  # fmt: skip
     resumed = f", {written.resumed_shards} shards were already finished" if written.resumed_shards else ""
     print(f"rank {work.rank} of {work.world_size}: {written.encoded} encoded, {written.reused} unchanged{resumed}")
@@ -75,11 +84,13 @@ def main(args: argparse.Namespace) -> None:
         print(f"{args.out}: {written.meta.num_docs} vectors of width {written.meta.width}, {written.meta.dtype}")
         for target, difference in parity.items():
             print(f"{args.out}/vectors.{target}: largest difference from the model's vectors {difference:.1e}")
+    return None
 
 
 def embed(
     model_dir: Path, data: str, out: Path, work: Share, *, since: Path | None = None, width: int | None = None,
     dtype: Dtype | None = None, formats: Sequence[FileFormat] | None = None, overwrite: bool = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[VectorsReport, dict[FileFormat, float]]:  # fmt: skip
     """Write a vectors folder; return the report, and the largest difference from the model's vectors by format."""
     earlier = None if since is None else read_meta(since)
@@ -89,7 +100,7 @@ def embed(
     check_formats(dtype, formats)
     if width is None and earlier is not None and earlier.whole:
         width = earlier.width - earlier.has_beta
-    folder = load_model_folder(model_dir)
+    folder = load_model_folder(model_dir, device)
     dataset, model = folder.view(Dataset.open(data)), folder.config.model
     encoders = tower_encoders(folder.model, dataset)
     if width is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import DATA, RULES, at_least, command, one_of, open_with_rules, option
+from bigdssm.commands._ranks import DEVICE
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.models.precision import PRECISION_HELP, PRECISIONS
@@ -22,6 +23,7 @@ from bigdssm.retrieval.embed import encode_in, tower_encoders
 from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.retrieval.teacher_vectors import write_teacher_vectors
+from bigdssm.utils.device import find_device
 from bigdssm.utils.hashing import json_checksum
 from bigdssm.utils.log import ProgressBar
 
@@ -35,6 +37,7 @@ from bigdssm.utils.log import ProgressBar
         option("--pretrained", type=Path, metavar="FOLDER", help="unchanged Hugging Face text encoder"),
     ),
     option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
+    DEVICE,
     option("--rows-per-shard", type=at_least(1), default=ROWS_PER_SHARD, help="rows per shard (default: %(default)s)"),
 )
 def main(args: argparse.Namespace) -> None:
@@ -43,11 +46,11 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out {args.out} exists; choose another folder, or remove it")
     dataset = open_with_rules(args.data, args.config)
     if args.pretrained is not None:
-        pretrained = PretrainedEncoder(args.pretrained, precision=args.precision)
+        pretrained = PretrainedEncoder(args.pretrained, precision=args.precision, device=find_device(args.device))
         encoders = text_encoders(pretrained, Texts.of(dataset))
         name = json_checksum([folder_checksums(args.pretrained), pretrained.precision])
     else:
-        folder = load_model_folder(args.model)
+        folder = load_model_folder(args.model, find_device(args.device))
         view = folder.view(dataset)
         precision = encode_in(folder.model, args.precision)
         encoders, name = tower_encoders(folder.model, view), json_checksum([folder.checksum, precision])

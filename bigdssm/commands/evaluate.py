@@ -21,8 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
+from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import ModelFolder, load_model_folder
 from bigdssm.cli import OVERWRITE, RERANKING, check_file_to_write, command, option, option_group, refuse_options
+from bigdssm.commands._ranks import DEVICE, RANKS, process_group, run_on_ranks
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.rows import EventRules
 from bigdssm.errors import ConfigError
@@ -58,6 +60,7 @@ from bigdssm.retrieval.embed import check_width, encode_in, truncate_vectors
 from bigdssm.retrieval.reranking import Reranker, Texts, check_reranking
 from bigdssm.sources.beir import Collection, read_collection
 from bigdssm.utils.atomic import write_json
+from bigdssm.utils.device import find_device
 from bigdssm.utils.log import ProgressBar
 
 BEIR_OPTIONS = (
@@ -88,6 +91,8 @@ BEIR_OPTIONS = (
     option("--out", type=Path, metavar="JSON", help="file for the metrics (default: printed only)"),
     RERANKING,
     option("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP),
+    DEVICE,
+    RANKS,
     option_group(
         "retrieval collection",
         option("--beir", type=Path, metavar="DIR", help="folder in BEIR layout"),
@@ -125,13 +130,13 @@ BEIR_OPTIONS = (
     ),
     OVERWRITE,
 )
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     """Run the command line."""
     written = {"--out": args.out, "--save-run": args.save_run, "--save-qrels": args.save_qrels}
     for name, path in written.items():
         check_file_to_write(name, path, "evaluate", overwrite=args.overwrite)
     if args.beir is not None:
-        ignored = ["--data", "--baselines", "--by", "--qrels"]
+        ignored = ["--data", "--baselines", "--by", "--qrels", "--ranks"]
         refuse_options(args, ignored, "with --beir, which has its own documents and qrels")
         for option, needed in (("--widths", "model"), ("--max-tokens", "pretrained"), ("--rerank", "model")):
             if getattr(args, needed) is None:
@@ -140,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         _evaluate_collection(args)
     elif args.run is not None and args.qrels is not None:
         of_split = ["--model", "--data", "--split", "--baselines", "--by", "--compare", "--precision"]
-        of_split += ["--rerank", "--reranker"]
+        of_split += ["--rerank", "--reranker", "--device", "--ranks"]
         ignored = [*of_split, *BEIR_OPTIONS]
         refuse_options(args, ignored, "with --run and --qrels, which evaluate a single run")
         qrels = read_qrels(args.qrels)
@@ -153,20 +158,28 @@ def main(args: argparse.Namespace) -> None:
         refuse_options(args, BEIR_OPTIONS, "without --beir")
         if args.data is None:
             raise ConfigError(f"--model {args.model}: needs --data or --beir")
-        _evaluate_split(args)
+        if (code := run_on_ranks("evaluate", args)) is not None:
+            return code
+        with process_group(args.device):
+            _evaluate_split(args)
     else:
         raise ConfigError("needs --model and --data, or --beir, or --run and --qrels; see --help")
+    return None
 
 
 def _evaluate_split(args: argparse.Namespace) -> None:
     check_reranking(args.rerank, args.reranker)
     name, *other_names = distinct_names([args.model, *args.compare])
-    folder = load_model_folder(args.model)
+    device = find_device(args.device)
+    folder = load_model_folder(args.model, device)
     dataset = Dataset.open(args.data).with_rules(EventRules.of(folder.config.data))
     options = {"dataset": dataset, "split": args.split, "exclude_seen": folder.config.data.exclude_seen}
     slices = [] if args.by is None else read_slices(dataset, args.split, args.by)
     coverage = args.by is not None
-    others = baseline_systems(**options, by_day=True, coverage=coverage) if args.baselines else []
+    is_main = distributed.is_main()
+    others: list[System] = []
+    if args.baselines and is_main:
+        others = baseline_systems(**options, by_day=True, coverage=coverage)
     encode_in(folder.model, args.precision)
     reranking = None
     if args.rerank:
@@ -177,11 +190,13 @@ def _evaluate_split(args: argparse.Namespace) -> None:
         model = _evaluate_model(f"{name}, top {args.rerank} re-ranked", folder, rerank=reranking, **options)
     for other_name, path in zip(other_names, args.compare, strict=True):
         if path.is_dir():
-            other = load_model_folder(path)
+            other = load_model_folder(path, device)
             encode_in(other.model, args.precision)
             others.append(_evaluate_model(other_name, other, coverage=coverage, **options))
-        else:
+        elif is_main:
             others.append(load_system(path, **options))
+    if not is_main:
+        return
     pairs = [(model, other) for other in others]
 
     console = Console()
@@ -224,7 +239,7 @@ def _evaluate_collection(args: argparse.Namespace) -> None:
     with ProgressBar() as progress:
         if args.model is not None:
             name, started = names[args.model], perf_counter()
-            folder = load_model_folder(args.model)
+            folder = load_model_folder(args.model, find_device(args.device))
             for width in args.widths:
                 check_width("--widths", width, folder.config.model.dim)
             encode_in(folder.model, args.precision)
@@ -251,11 +266,12 @@ def _evaluate_collection(args: argparse.Namespace) -> None:
             encode_and_search = partial(
                 pretrained_run, args.pretrained, collection,
                 max_tokens=args.max_tokens, precision=args.precision, filter_known=filter_known, progress=progress,
+                device=find_device(args.device),
             )  # fmt: skip
             add(f"{args.pretrained.name}, unchanged", encode_and_search)
         for path in args.compare:
             if path.is_dir():
-                add(names[path], partial(_load_and_run, path, collection, args.precision, filter_known, progress))
+                add(names[path], partial(_load_and_run, path, collection, args, progress))
             else:
                 add(names[path], partial(read_run, path))
     if not systems:
@@ -265,12 +281,13 @@ def _evaluate_collection(args: argparse.Namespace) -> None:
     _print_and_save(args, systems, len(collection.qrels))
 
 
-def _load_and_run(path: Path, collection: Collection, precision: str, filter_known: bool, progress: ProgressBar) -> Run:
-    folder = load_model_folder(path)
-    encode_in(folder.model, precision)
+def _load_and_run(path: Path, collection: Collection, args: argparse.Namespace, progress: ProgressBar) -> Run:
+    folder = load_model_folder(path, find_device(args.device))
+    encode_in(folder.model, args.precision)
     return model_run(
-        folder.model, folder.schema, folder.tokenizer_dir, collection, filter_known=filter_known, progress=progress
-    )
+        folder.model, folder.schema, folder.tokenizer_dir, collection,
+        filter_known=args.filter_known, progress=progress,
+    )  # fmt: skip
 
 
 def _print_and_save(args: argparse.Namespace, systems: list[System], num_queries: int) -> None:

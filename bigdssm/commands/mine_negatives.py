@@ -1,7 +1,7 @@
 """Mine hard negatives: documents at positions [first, last) of each training query's ranking.
 
     bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy [--first 10] [--last 200]
-    torchrun --nproc-per-node 2 -m bigdssm.commands.mine_negatives …       # distributes the rows over the ranks
+    bigdssm mine_negatives --model MODEL --data DATASET --out NEGATIVES.npy --ranks 2 [--device cpu]
 
 The file contains catalogue rows per query, padded with -1 (bigdssm/retrieval/hard_negatives.py). Known train positives
 of the query are excluded, and with --margin also documents that score almost as high as its positive. --vectors reads
@@ -18,7 +18,7 @@ import torch
 from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import DATA, OVERWRITE, at_least, check_file_to_write, command, option, refuse_options
-from bigdssm.cluster.launcher import check_launch
+from bigdssm.commands._ranks import DEVICE, RANKS, process_group, run_on_ranks
 from bigdssm.config import MiningConfig
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.negatives import NegativeDocuments
@@ -29,6 +29,7 @@ from bigdssm.retrieval.mining import gather_hard_negatives, mine
 from bigdssm.retrieval.shards import Share
 from bigdssm.retrieval.text_pairs import write_text_pairs
 from bigdssm.retrieval.vectors import read_vectors
+from bigdssm.utils.device import find_device
 from bigdssm.utils.log import ProgressBar
 
 
@@ -53,9 +54,11 @@ from bigdssm.utils.log import ProgressBar
     option("--vectors", type=Path, metavar="DIR", help="document vectors (default: encode the catalogue)"),
     option("--pairs", type=Path, metavar="PARQUET", help="also write texts and labels, to train a cross-encoder"),
     option("--per-query", type=at_least(1), default=4, help="negatives per query of --pairs (default: %(default)s)"),
+    DEVICE,
+    RANKS,
     OVERWRITE,
 )
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     """Run the command line."""
     for name, file in (("--out", args.out), ("--pairs", args.pairs)):
         check_file_to_write(name, file, "mine_negatives", overwrite=args.overwrite)
@@ -67,20 +70,22 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError(f"--exact-up-to {args.exact_up_to}: needs at least 0")
     if not 0 <= args.first < args.last:
         raise ConfigError(f"--first {args.first} --last {args.last}: needs 0 <= first < last")
-    ranks = check_launch()
-    if ranks > 1:
-        # imported only with several ranks: it takes seconds
-        from bigdssm.training.process_group import init_process_group, leave_process_group
+    if (code := run_on_ranks("mine_negatives", args)) is not None:
+        return code
+    with process_group(args.device):
+        _mine(args, find_device(args.device))
+    return None
 
-        init_process_group()
-    folder, dataset = load_model_folder(args.model), Dataset.open(args.data)
+
+def _mine(args: argparse.Namespace, device: torch.device) -> None:
+    folder, dataset = load_model_folder(args.model, device), Dataset.open(args.data)
     dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
     with ProgressBar() as progress:
         share, documents = Share(distributed.rank(), distributed.world_size(), progress=progress), None
         if args.vectors is not None:
             start, stop = share.of(dataset.catalogue.num_docs)
             vectors = read_vectors(args.vectors, folder.doc_checksum, dataset, start, stop, folder.index_width)
-            documents = DocumentVectors(torch.from_numpy(vectors), start, dataset.catalogue.withdrawn)
+            documents = DocumentVectors(torch.from_numpy(vectors).to(device), start, dataset.catalogue.withdrawn)
         local = mine(
             tower_encoders(folder.model, dataset), dataset, first=args.first, last=args.last,
             margin=args.margin, exact_up_to=args.exact_up_to, documents=documents, share=share,
@@ -99,8 +104,6 @@ def main(args: argparse.Namespace) -> None:
         if args.pairs is not None:
             num_pairs = write_text_pairs(args.pairs, dataset, hard, args.per_query)
             print(f"{args.pairs}: {num_pairs} pairs of texts")
-    if ranks > 1:
-        leave_process_group()
 
 
 if __name__ == "__main__":

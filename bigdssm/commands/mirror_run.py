@@ -98,28 +98,28 @@ def pull(url: str, run: Path) -> None:
     Raises CheckpointError: a copy is damaged.
     """
     for stage in STAGES:
-        folder, at = run / stage, join(url, stage)
-        names = complete_checkpoints(at)
+        folder, remote = run / stage, join(url, stage)
+        names = complete_checkpoints(remote)
         if not names:
             continue
         if checkpoints_in(folder / CHECKPOINTS):
             logger.info("%s has checkpoints: nothing is copied", folder)
             continue
-        for file in names_in(at):
+        for file in names_in(remote):
             if file not in (CHECKPOINTS, BEST):
-                download_file(join(at, file), folder / file)
+                download_file(join(remote, file), folder / file)
         newest = folder / CHECKPOINTS / names[-1]
         incoming = temporary_path(folder / CHECKPOINTS)
         shutil.rmtree(incoming, ignore_errors=True)
         unfinished = incoming / newest.name  # verify compares the name with the manifest's
-        download_folder(join(at, f"{CHECKPOINTS}/{newest.name}"), unfinished)
+        download_folder(join(remote, f"{CHECKPOINTS}/{newest.name}"), unfinished)
         verify(unfinished)
-        if exists(join(at, f"{BEST}/{META_FILE}")):
-            download_folder(join(at, BEST), folder / BEST)
+        if exists(join(remote, f"{BEST}/{META_FILE}")):
+            download_folder(join(remote, BEST), folder / BEST)
         newest.parent.mkdir(parents=True, exist_ok=True)
         unfinished.rename(newest)  # last: a folder with a checkpoint has all other files
         incoming.rmdir()
-        logger.info("%s: copied from %s", newest, at)
+        logger.info("%s: copied from %s", newest, remote)
 
 
 def complete_checkpoints(url: str) -> list[str]:

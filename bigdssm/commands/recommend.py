@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import OVERWRITE, SEARCH_OPTIONS, check_file_to_write, command, one_of, option, refuse_options
+from bigdssm.commands._ranks import DEVICE, RANKS, run_on_ranks
 from bigdssm.commands.search import HELPS, SEEN, SEEN_HELP, feature_values
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.remote import FileCache
@@ -39,6 +40,7 @@ from bigdssm.retrieval.recommend import (
 )
 from bigdssm.retrieval.shards import ROWS_PER_SHARD, Share
 from bigdssm.stores.base import is_store
+from bigdssm.utils.device import find_device
 from bigdssm.utils.log import ProgressBar
 
 
@@ -74,9 +76,11 @@ from bigdssm.utils.log import ProgressBar
     option("--filter", metavar="CONDITIONS", help=HELPS["filter"]),
     option("--seen", choices=SEEN, help=SEEN_HELP),
     option("--rows-per-shard", type=int, default=ROWS_PER_SHARD, help="queries per shard (default: %(default)s)"),
+    DEVICE,
+    RANKS,
     OVERWRITE,
 )
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int | None:
     """Run the command line."""
     if is_store(args.index):
         raise ConfigError("--index: recommend needs an index folder, not a store; build one with bigdssm build_index")
@@ -91,9 +95,11 @@ def main(args: argparse.Namespace) -> None:
     if args.exclude_table is None:
         refuse_options(args, ["--user-column", "--item-column"], "without --exclude-table")
     options = RecommendOptions(args.top, args.filter, None if args.seen is None else SEEN[args.seen])
+    if (code := run_on_ranks("recommend", args)) is not None:
+        return code
     with ProgressBar() as progress:
         work = Share.from_launcher(args.rows_per_shard, progress)
-        folder, index = load_model_folder(args.model), open_index(args.index)
+        folder, index = load_model_folder(args.model, find_device(args.device)), open_index(args.index)
         dataset = Dataset.open(args.data or folder.config.data.dir, cache=FileCache.from_config(folder.config.data))
         dataset = dataset.with_rules(EventRules.of(folder.config.data))
         parts = args.out.with_name(f"{args.out.name}.parts") if as_csv else args.out
@@ -119,6 +125,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"rank {work.rank} of {work.world_size}: {rate}{resumed}")
     if done.finished:
         print(f"{args.out}: done")
+    return None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 from bigdssm.checkpoints.checkpoint import folder_checksums
 from bigdssm.checkpoints.model_folder import load_model_folder
 from bigdssm.cli import DATA, OVERWRITE, RULES, at_least, check_file_to_write, command, open_with_rules, option
+from bigdssm.commands._ranks import DEVICE
 from bigdssm.errors import ConfigError
 from bigdssm.evaluation.pretrained import PretrainedEncoder, text_encoders
 from bigdssm.evaluation.teachers import (
@@ -34,6 +35,7 @@ from bigdssm.evaluation.teachers import (
 from bigdssm.retrieval.hard_negatives import HardNegatives
 from bigdssm.retrieval.reranking import Texts
 from bigdssm.retrieval.shards import Share
+from bigdssm.utils.device import find_device
 from bigdssm.utils.hashing import file_checksum, json_checksum
 from bigdssm.utils.log import ProgressBar
 
@@ -64,6 +66,7 @@ from bigdssm.utils.log import ProgressBar
     ),
     option("--bm25", action="store_true", help="BM25 as a teacher"),
     option("--rows-per-shard", type=at_least(1), default=1024, help="queries per shard (default: %(default)s)"),
+    DEVICE,
     OVERWRITE,
 )
 def main(args: argparse.Namespace) -> None:
@@ -74,16 +77,17 @@ def main(args: argparse.Namespace) -> None:
     dataset, hard = open_with_rules(args.data, args.config), HardNegatives.open(args.mined)
     hard.check_against(dataset)
     with ProgressBar() as progress:
+        device = find_device(args.device)
         teachers: dict[str, PairTeacher] = {}  # by kind and checksum
         for path in args.model:
-            folder = load_model_folder(path)
+            folder = load_model_folder(path, device)
             teachers[folder.checksum] = model_teacher(folder, dataset)
         if args.cross_encoder or args.pretrained or args.bm25:
             texts = Texts.of(dataset)
         for path in args.cross_encoder:
             teachers[f"cross-encoder {json_checksum(folder_checksums(path))}"] = cross_encoder_teacher(path, texts)
         for path in args.pretrained:
-            encoders = text_encoders(PretrainedEncoder(path), texts)
+            encoders = text_encoders(PretrainedEncoder(path, device=device), texts)
             name = f"encoder {json_checksum(folder_checksums(path))}"
             teachers[name] = VectorTeacher(encoders, dataset.catalogue.num_docs)
         if args.bm25:

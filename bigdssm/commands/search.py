@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bigdssm.cli import OVERWRITE, RERANKING, SEARCH_OPTIONS, check_file_to_write, command, option, refuse_options
+from bigdssm.commands._ranks import QUERY_DEVICE
 from bigdssm.errors import ConfigError
 from bigdssm.retrieval.request import HELP, Event, Request, load_json, parse_request
 from bigdssm.serving.searcher import Searcher
@@ -50,6 +51,7 @@ SEEN_HELP = "whether results may include seen documents (default: data.exclude_s
     option("--seen", choices=SEEN, help=SEEN_HELP),
     option("--top", type=int, default=Request.top, help=f"{HELPS['top']} (default: %(default)s)"),
     RERANKING,
+    QUERY_DEVICE,
     option("--request", metavar="FILE", help="file with a request as JSON, - for standard input"),
     option("--out", type=Path, metavar="FILE.csv", help="also write the documents as CSV"),
     OVERWRITE,
@@ -80,7 +82,9 @@ def main(args: argparse.Namespace) -> None:
             exclude_seen=None if args.seen is None else SEEN[args.seen], top=args.top,
             context=None if args.context is None else feature_values("--context", args.context),
         )  # fmt: skip
-    searcher = Searcher.open(args.model, args.index, args.data, rerank=args.rerank, reranker=args.reranker)
+    searcher = Searcher.open(
+        args.model, args.index, args.data, rerank=args.rerank, reranker=args.reranker, device=args.device
+    )  # fmt: skip
     query = searcher.queries.of(request)
     documents = searcher.answer([query])[0].documents
     console = Console(markup=False, emoji=False, highlight=False)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from bigdssm.cli import RERANKING, SEARCH_OPTIONS, at_least, command, option
+from bigdssm.commands._ranks import QUERY_DEVICE
 from bigdssm.errors import ConfigError
 from bigdssm.serving.searcher import Folders, Searcher
 from bigdssm.utils.log import setup_logging
@@ -58,6 +59,7 @@ from bigdssm.utils.log import setup_logging
     ),
     option("--vectors", action="store_true", help="enable POST /api/vector, the vector of a query"),
     option("--list-users", action="store_true", help="enable GET /api/users, user ids that the page suggests"),
+    QUERY_DEVICE,
     option("--log-requests", type=Path, metavar="FOLDER", help="write searches and their answers to Parquet files"),
     option(
         "--log-days",
@@ -110,8 +112,13 @@ Opened = tuple[Searcher, Folders, Searcher | None, Folders | None]
 def _open(args: argparse.Namespace) -> Opened:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    folders = Folders(args.model, args.index, args.data, args.threads, args.onnx, args.rerank, args.reranker)
-    second = None if args.second is None else Folders(Path(args.second[0]), args.second[1], args.data, args.threads)
+    folders = Folders(
+        args.model, args.index, args.data, args.threads, args.onnx, args.rerank, args.reranker, args.device
+    )  # fmt: skip
+    second = None
+    if args.second is not None:
+        model, index = args.second
+        second = Folders(Path(model), index, args.data, args.threads, device=args.device)
     return folders.open(), folders, None if second is None else second.open(), second
 
 

@@ -28,6 +28,7 @@ from bigdssm.retrieval.embed import document_vectors, encode_columns, query_vect
 from bigdssm.retrieval.exact_search import top_documents
 from bigdssm.retrieval.reranking import Reranker, Texts
 from bigdssm.sources.beir import Collection, CollectionEntry, texts_and_metadata
+from bigdssm.utils.device import device_of
 from bigdssm.utils.log import Progress, no_progress
 
 TOP = 100  # documents retrieved per query
@@ -69,11 +70,13 @@ def model_vectors(
     """
     if histories := list(histories_of(schema.query)):
         raise ConfigError(f"queries have the history {histories[0]!r}, which a BEIR collection does not have")
+    device = device_of(model)
     tokenizer = None if tokenizer_dir is None else TextTokenizer(tokenizer_dir)
     columns = entry_columns(schema.query, collection.queries, tokenizer)
-    queries = encode_columns(schema.query, columns, partial(query_vectors, model), "queries encoded", progress)
+    queries = encode_columns(schema.query, columns, partial(query_vectors, model), "queries encoded", progress, device)
     columns = entry_columns(schema.doc, collection.corpus, tokenizer)
-    return queries, encode_columns(schema.doc, columns, partial(document_vectors, model), "documents encoded", progress)
+    encode = partial(document_vectors, model)
+    return queries, encode_columns(schema.doc, columns, encode, "documents encoded", progress, device)
 
 
 def vectors_run(
@@ -123,13 +126,13 @@ def reranked_run(collection: Collection, run: Run, folder: ModelFolder, cross_en
 
 def pretrained_run(
     folder: Path, collection: Collection, *, max_tokens: int = MAX_TOKENS, precision: str = "fp32",
-    filter_known: bool = False, top: int = TOP, progress: Progress = no_progress,
+    filter_known: bool = False, top: int = TOP, progress: Progress = no_progress, device: torch.device | str = "cpu",
 ) -> Run:  # fmt: skip
     """Return the run of a pretrained Hugging Face text encoder: cosine of its vectors, with the folder's prompts.
 
     Raises ConfigError: `folder` holds no such encoder and tokenizer.
     """
-    encoder = PretrainedEncoder(folder, max_tokens, precision)
+    encoder = PretrainedEncoder(folder, max_tokens, precision, device)
 
     query_texts = [entry.text for entry in collection.queries]
     document_texts = [entry.text for entry in collection.corpus]

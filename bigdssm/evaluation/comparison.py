@@ -16,6 +16,7 @@ import xxhash
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
+from bigdssm import distributed
 from bigdssm.checkpoints.model_folder import ModelFolder
 from bigdssm.dataset.dataset import Dataset
 from bigdssm.errors import DataError
@@ -175,11 +176,15 @@ def model_system(
     name: str, folder: ModelFolder, dataset: Dataset, split: str, exclude_seen: bool | str, *,
     rerank: Reranking | None = None, spent_s: float = 0.0, coverage: bool = False, progress: Progress = no_progress,
 ) -> System:  # fmt: skip
-    """Evaluate a model folder, whose best documents `rerank` orders; `spent_s`: seconds of its training."""
+    """Evaluate a model folder, whose best documents `rerank` orders; `spent_s`: seconds of its training.
+
+    With a process group the ranks share documents and queries: all must call it.
+    """
     dataset = folder.view(dataset)
     encoders = tower_encoders(folder.model, dataset)
     measured = evaluate_split(
-        encoders, dataset, split, exclude_seen=exclude_seen, rerank=rerank, coverage=coverage, progress=progress
+        encoders, dataset, split, exclude_seen=exclude_seen, rerank=rerank, coverage=coverage, progress=progress,
+        rank=distributed.rank(), world_size=distributed.world_size(),
     )  # fmt: skip
     return System.from_ranks(
         name, measured.ranks, measured.query_ids, measured.seconds + spent_s, measured.coverage

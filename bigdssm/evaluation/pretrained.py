@@ -14,6 +14,7 @@ from bigdssm.features.tokenizer import prompts_in
 from bigdssm.models import Values
 from bigdssm.retrieval.embed import Encoders, encode_columns, encode_in
 from bigdssm.retrieval.reranking import Texts
+from bigdssm.utils.device import device_of
 from bigdssm.utils.log import Progress, no_progress
 
 MAX_TOKENS = 256  # of a text, for a pretrained encoder
@@ -28,7 +29,9 @@ def check_encoder(folder: Path) -> None:
 class PretrainedEncoder:
     """Encodes texts to vectors of norm 1, with the pooling of the folder."""
 
-    def __init__(self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32") -> None:
+    def __init__(
+        self, folder: Path, max_tokens: int = MAX_TOKENS, precision: str = "fp32", device: torch.device | str = "cpu"
+    ) -> None:
         """`max_tokens`: of a text, with its prompt; `precision`: fp32 or bf16, for auto the faster one.
 
         Raises ConfigError: `folder` holds no such encoder and tokenizer.
@@ -36,7 +39,7 @@ class PretrainedEncoder:
         from bigdssm.models.encoders.pretrained import pretrained_encoder  # late: transformers takes seconds
 
         check_encoder(folder)
-        self._encoder = pretrained_encoder(str(folder)).eval()
+        self._encoder = pretrained_encoder(str(folder)).to(device).eval()
         self.precision = encode_in(self._encoder, precision)
         self.prompts = prompts_in(folder)
         self._tokenizer, self._max_tokens = TextTokenizer(folder), max_tokens
@@ -49,7 +52,7 @@ class PretrainedEncoder:
         feature = feature.with_prompt("", self.prompts.pooled, self._tokenizer)
         columns, _ = columns_of_values(texts, {"text": feature}, {}, self._tokenizer)
         encode = partial(self._encode, feature.prompt_tokens)
-        return encode_columns({"text": feature}, columns, encode, what, progress)
+        return encode_columns({"text": feature}, columns, encode, what, progress, device_of(self._encoder))
 
     def _encode(self, skip: int, values: dict[str, Values]) -> Tensor:
         with torch.no_grad():

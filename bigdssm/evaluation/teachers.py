@@ -92,7 +92,7 @@ class VectorTeacher:
     def __call__(self, rows: Rows, docs: np.ndarray) -> np.ndarray:
         """Return scores [m, l]."""
         queries, vectors = self._encoders.queries(rows)[:, None], self._documents(np.unique(docs))[docs]
-        return (queries * vectors).sum(-1).numpy()
+        return (queries * vectors).sum(-1).cpu().numpy()
 
     def _documents(self, docs: np.ndarray) -> Tensor:
         """Return the cache of document vectors after encoding `docs`."""

@@ -29,6 +29,7 @@ from bigdssm.models import DualEncoder, Encoded, Values
 from bigdssm.models.dual_encoder import document_head, query_head
 from bigdssm.models.precision import resolve_precision
 from bigdssm.retrieval.shards import WHOLE, Share
+from bigdssm.utils.device import device_of
 from bigdssm.utils.log import Progress, no_progress
 
 ROWS_AT_ONCE = 16_384  # rows converted from columns to tensors at a time
@@ -67,13 +68,14 @@ class DocumentVectors:
         return (rows >= self.first) & (rows < self.first + len(self))
 
 
-def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | str = "cpu") -> Encoders:
-    """Return the Encoders of `model`: a DualEncoder, or an engine around one, on `device`.
+def tower_encoders(model: nn.Module, dataset: Dataset, device: torch.device | None = None) -> Encoders:
+    """Return the Encoders of `model`: a DualEncoder, or an engine around one; vectors are on its device.
 
     Calls use the model's own forward in evaluation mode, so engines that shard parameters work, too. With a process
     group a call is a collective. Rows are encoded in chunks of similar length.
     """
     towers = cast(DualEncoder, getattr(model, "module", model))
+    device = device_of(model) if device is None else device
     packed = towers.accepts_packed(training=False)
     has_contents = not towers.content_ids
 
@@ -163,7 +165,7 @@ def encode_in(model: nn.Module, precision: str) -> str:
     Call it once per model: a later fp32 does not undo bf16. Returns the precision: fp32 or bf16. MiniLM on a Xeon with
     AMX encodes 16,700 tokens per CPU-second in bf16 and 5,900 in fp32.
     """
-    device_type = next(model.parameters()).device.type
+    device_type = device_of(model).type
     resolved = resolve_precision(precision, model, device_type)
     if resolved == "bf16":
         model.forward = torch.autocast(device_type, torch.bfloat16)(model.forward)
@@ -250,13 +252,17 @@ def iterate_share(dataset: Dataset, split: str, share: Share, what: str) -> Iter
 def encode_columns(
     features: Mapping[str, Feature], columns: Mapping[str, Column],
     encode: Callable[[dict[str, Values]], Tensor], what: str = "rows encoded", progress: Progress = no_progress,
+    device: torch.device | str = "cpu",
 ) -> Tensor:  # fmt: skip
-    """Apply `encode` to columns (at least one row), ROWS_AT_ONCE rows as padded tensors at a time."""
+    """Apply `encode` to columns (at least one row), ROWS_AT_ONCE rows as padded tensors on `device` at a time.
+
+    The result is on the host.
+    """
     num_rows, parts = len(next(iter(columns.values()))), []
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = np.arange(first, min(first + ROWS_AT_ONCE, num_rows))
         piece = {name: ragged.take(column, rows) for name, column in columns.items()}
-        parts.append(encode_features(features, piece, len(rows), encode))
+        parts.append(encode_features(features, piece, len(rows), encode, device).cpu())
         progress(what, first + len(rows), num_rows)
     return torch.cat(parts)
 

@@ -114,7 +114,7 @@ def mine(
     positives (the target, and with `exclude_seen` the query's train documents and its history, or the query itself if
     it is a document) are removed before ranking. Windows are padded with -1 behind the last document and, with
     `margin`, for documents that score above the target's score minus the margin. In a catalogue of more than
-    `exact_up_to` documents each rank searches an approximate index of its share, and the log reports its recall.
+    `exact_up_to` documents, a rank on a CPU searches an approximate index of its share, and the log reports its recall.
     `documents` are the rank's share of the catalogue's index vectors, if already encoded. `negatives` are the documents
     that may be mined, each for the queries from its time on; by default those of a model without id_dropout. All ranks
     must call it. Raises: ConfigError: no document has a rank of `first` or more; DivergedError: a vector is not finite.
@@ -139,7 +139,8 @@ def mine(
     last = min(last, num_docs)
     excluded = excluded_documents(dataset, exclude_seen)
     known_positives = TrainPositives.of(dataset, share, exclude_seen).pairs if exclude_seen else None
-    approximate = exact_up_to is not None and num_docs > exact_up_to
+    on_host = documents.vectors.device.type == "cpu"  # a device searches all of its share, by products in tiles
+    approximate = on_host and exact_up_to is not None and num_docs > exact_up_to
     search = approximate_search(documents, num_docs, share) if approximate else exact_search(documents)
     keys = [np.zeros(0, np.int64)]
     windows = [np.zeros((0, last - first), np.int32)]

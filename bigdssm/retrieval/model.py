@@ -21,6 +21,7 @@ from bigdssm.retrieval.embed import (
     query_vectors,
 )
 from bigdssm.utils.arguments import checked
+from bigdssm.utils.device import device_of, find_device
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,17 @@ class Model:
         )
         if num_rows == 0:
             return np.zeros((0, self.folder.index_width), np.float32)
-        return encode_columns(features, columns, partial(encode, self.folder.model)).numpy()
+        model = self.folder.model
+        return encode_columns(features, columns, partial(encode, model), device=device_of(model)).numpy()
 
 
 @checked
-def load_model(folder: str | Path) -> Model:
-    """Load a model folder such as RUN/sft/best. Raises CheckpointError: missing or damaged."""
-    return Model(load_model_folder(Path(folder)))
+def load_model(folder: str | Path, device: str = "auto") -> Model:
+    """Load a model folder such as RUN/sft/best to a device: auto, cpu or cuda[:INDEX].
+
+    Raises CheckpointError: missing or damaged; ConfigError: no such device.
+    """
+    return Model(load_model_folder(Path(folder), find_device(device)))
 
 
 @checked

@@ -35,6 +35,7 @@ from bigdssm.retrieval.queries import PastEvents, check_now, excluded_rows, hist
 from bigdssm.retrieval.shards import ShardedFolder, Share
 from bigdssm.sources.opening import log_row, read_table
 from bigdssm.utils.atomic import check_replaceable, new_file, real_path, write_json
+from bigdssm.utils.device import device_of
 from bigdssm.utils.hashing import file_checksum, hash64, hash_strings, json_checksum
 from bigdssm.utils.log import get_logger
 
@@ -97,7 +98,7 @@ def recommend(
     exclude = folder.config.data.exclude_seen if options.exclude_seen is None else options.exclude_seen
     view = folder.view(dataset)
     if folder.model.content_ids:
-        folder.model.set_contents(item_contents(folder.model, view))
+        folder.model.set_contents(item_contents(folder.model, view, device_of(folder.model)))
     source = source.with_dataset(view, exclude)
     index = index.of_dataset(dataset)
     out = real_path(out)
@@ -124,7 +125,9 @@ def recommend(
         top = min(options.top, index.meta.num_docs)
         scores, rows = np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
         if len(batch.rows):
-            vectors = encode_columns(folder.schema.query, batch.columns, partial(query_vectors, folder.model)).numpy()
+            vectors = encode_columns(
+                folder.schema.query, batch.columns, partial(query_vectors, folder.model), device=device_of(folder.model)
+            ).numpy()
             if not np.isfinite(vectors).all():
                 raise DataError(f"vectors of the queries {batch.rows[0]} to {batch.rows[-1]} hold NaN or inf")
             excluded = batch.excluded if exclusions is None else joined(batch.excluded, exclusions.of(batch.keys))

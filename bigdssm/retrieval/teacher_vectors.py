@@ -92,12 +92,12 @@ def write_teacher_vectors(
     for _, first, last in shards.pending("shards encoded"):
         for begin in range(first, min(last, num_docs), ROWS_AT_ONCE):
             rows = np.arange(begin, min(begin + ROWS_AT_ONCE, last, num_docs))
-            documents[rows] = _checked(encoders.documents(rows).numpy(), "documents", rows)
+            documents[rows] = _checked(encoders.documents(rows).cpu().numpy(), "documents", rows)
         if last > num_docs:
             local = slice(max(first - num_docs, 0), last - num_docs)
             queries["vector"][local] = np.concatenate(
                 [
-                    _checked(encoders.queries(rows).numpy(), "queries of rows", rows.row_ids)
+                    _checked(encoders.queries(rows).cpu().numpy(), "queries of rows", rows.row_ids)
                     for rows in rows_of_queries(dataset, keys[local], ROWS_AT_ONCE)
                 ]
             )

@@ -171,7 +171,7 @@ def write_vectors(
             vectors_of_new = encoders.documents(new).cpu()
             if not bool(torch.isfinite(vectors_of_new).all()):
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} hold NaN or inf; {folder} stays")
-            vectors[new] = encode_rows(vectors_of_new.numpy(), dtype, has_beta)
+            vectors[new] = encode_rows(vectors_of_new.cpu().numpy(), dtype, has_beta)
             if dtype == "float16" and not np.isfinite(vectors[new]).all():
                 raise DataError(f"vectors of the catalogue rows {new[0]} to {new[-1]} are too large for float16")
         if earlier is not None:

@@ -43,6 +43,7 @@ from bigdssm.retrieval.reranking import Reranker, Texts, check_reranking
 from bigdssm.retrieval.vectors import META_FILE as INDEX_META
 from bigdssm.stores.base import ScoredDocument, Store, StoredVector, is_store, open_named
 from bigdssm.utils.arguments import check_utf8, checked
+from bigdssm.utils.device import device_of, find_device
 from bigdssm.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -138,7 +139,7 @@ class Searcher:
             dataset = folder.view(dataset.with_rules(EventRules.of(folder.config.data)))
             index = index.of_dataset(dataset)
             if folder.model.content_ids:
-                folder.model.set_contents(item_contents(folder.model, dataset))
+                folder.model.set_contents(item_contents(folder.model, dataset, device_of(folder.model)))
         self._folder, self._index, self._dataset, self._threads = folder, index, dataset, threads
         self._tower = None if onnx is None else query_tower(onnx, folder.checksum, threads or 0)
         self._rerank = rerank
@@ -153,17 +154,18 @@ class Searcher:
     @checked
     def open(
         cls, model: str | Path, index: str | Path, data: str | None = None, threads: int | None = None,
-        onnx: Path | None = None, rerank: int = 0, reranker: str | Path | None = None,
+        onnx: Path | None = None, rerank: int = 0, reranker: str | Path | None = None, device: str = "cpu",
     ) -> "Searcher":  # fmt: skip
         """Open a model folder, an index and a dataset, by default the training dataset.
 
         `index` is a folder or a vector store, URL#NAME, where NAME is a collection or an alias (default: live). `model`
         may be a folder of model folders: that of the index is opened. If `data` is None and the model needs no dataset
-        (no history, no re-ranking), none is opened. Raises CheckpointError, DataError: missing, damaged, or not
+        (no history, no re-ranking), none is opened. `device` is that of the query tower: auto, cpu or cuda[:INDEX].
+        Raises ConfigError: no such device; CheckpointError, DataError: missing, damaged, or not
         matching the model.
         """
         cross_encoder = None if reranker is None else Path(reranker)
-        return Folders(Path(model), index, data, threads, onnx, rerank, cross_encoder).open()
+        return Folders(Path(model), index, data, threads, onnx, rerank, cross_encoder, device).open()
 
     def on(self, index: DocumentIndex) -> "Searcher":
         """Return a searcher of this model and dataset with another index. Raises CheckpointError: of another model."""
@@ -276,9 +278,11 @@ class Searcher:
     def encode(self, queries: Sequence[Query]) -> np.ndarray:
         """Encode queries to index vectors, float32 [m, D+1]."""
         features = to_features(self._folder.schema.query, self._columns(queries))
-        vectors = (
-            query_vectors(self._folder.model, features) if self._tower is None else run_onnx(self._tower, features)
-        )
+        if self._tower is None:
+            model = self._folder.model
+            on_device = {name: values.to(device_of(model)) for name, values in features.items()}
+            return query_vectors(model, on_device).cpu().numpy()
+        vectors = run_onnx(self._tower, features)
         return np.asarray(vectors)[:, : self._folder.index_width]  # earlier exports always had [u, 1]
 
     def query_vector(self, request: Request) -> QueryVector:
@@ -343,6 +347,7 @@ class Folders:
     onnx: Path | None = None  # file of the query tower to encode with
     rerank: int = 0  # documents that the cross-encoder re-ranks
     reranker: Path | None = None  # folder of the cross-encoder
+    device: str = "cpu"  # of the query tower
 
     def open(self, current: Searcher | None = None) -> Searcher:
         """Open the current content; model and dataset of `current` are reused if they have not changed.
@@ -383,7 +388,7 @@ class Folders:
 
     def _searcher(self, model: Path, index: DocumentIndex) -> Searcher:
         """Load a model folder, and open the dataset if the model or an option needs it."""
-        folder, dataset, inode = load_model_folder(model), None, None
+        folder, dataset, inode = load_model_folder(model, find_device(self.device)), None, None
         if self.data is not None or histories_of(folder.schema.query) or folder.schema.siamese or self.rerank:
             cache = FileCache.from_config(folder.config.data)
             where = self.data or folder.config.data.dir

@@ -1,5 +1,6 @@
 """Devices: copies of tensors from the host, instructions of this machine, states of random generators."""
 
+import os
 import platform
 import random
 from collections.abc import Callable, Iterator
@@ -9,10 +10,42 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from bigdssm.errors import ConfigError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name: `cpu`, `cuda`, `cuda:INDEX`, or `auto`, the GPU if there is one.
+
+    A rank of a launcher has the only visible GPU, or that of its LOCAL_RANK. DS_ACCELERATOR=cpu makes `auto` the CPU.
+    Raises ConfigError: no such device.
+    """
+    kind, _, index = name.partition(":")
+    is_name = name in ("auto", "cpu") or (kind == "cuda" and (name == kind or (index.isascii() and index.isdecimal())))
+    if not is_name:
+        raise ConfigError(f"--device {name}: needs auto, cpu, cuda or cuda:INDEX")
+    number = num_gpus()
+    if name == "cpu" or (name == "auto" and (not number or os.environ.get("DS_ACCELERATOR") == "cpu")):
+        return torch.device("cpu")
+    if not index:
+        index = "0" if number == 1 else os.environ.get("LOCAL_RANK", "0")
+    if int(index) >= number:
+        raise ConfigError(f"--device {name}: this process needs GPU {index}, and sees {number}; choose another one")
+    return torch.device("cuda", int(index))
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's weights."""
+    return next(model.parameters()).device
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -129,8 +129,10 @@ def test_keys_files_tests_and_options_exist(doc: Path) -> None:
     for command, line in re.findall(r"\bbigdssm (\w+)((?: [^`|#\n]*)?)", text):
         source = ROOT / f"bigdssm/commands/{command}.py"
         if source.exists():
-            stage = ["_stage"] if command in ("pretrain", "sft") else []
-            sources = [(ROOT / f"bigdssm/commands/{name}.py").read_text("utf-8") for name in (command, *stage)]
+            parts = ["_stage"] if command in ("pretrain", "sft") else []
+            if "bigdssm.commands._ranks import" in source.read_text("utf-8"):
+                parts.append("_ranks")
+            sources = [(ROOT / f"bigdssm/commands/{name}.py").read_text("utf-8") for name in (command, *parts)]
             options = {"--help", *shared, *re.findall(r'"(--[\w-]+)"', "".join(sources))}
             assert options.issuperset(re.findall(r"(?<!\S)(--[\w-]+)", line)), f"{doc.name}: bigdssm {command}{line}"
 
