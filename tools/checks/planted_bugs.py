@@ -213,7 +213,7 @@ BUGS = [
     Bug("unknown", "new_items_are_mined", "training.refresh:HardNegativeRefresh._mine",
         "negatives=self._negative_documents", "negatives=None",
         f"{UNIT}/dataset/test_negatives.py::test_the_files_of_a_stage_and_of_the_command"),
-    Bug("unknown", "new_items_are_mined_by_the_command", "commands.mine_negatives:main",
+    Bug("unknown", "new_items_are_mined_by_the_command", "commands.mine_negatives:_mine",
         "folder.config.model.tables.id_dropout", "0.0",
         f"{UNIT}/dataset/test_negatives.py::test_the_files_of_a_stage_and_of_the_command"),
     Bug("unknown", "disliked_items_are_negatives_of_the_batch", "training.objective:Objective._on_vectors",
