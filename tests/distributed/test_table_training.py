@@ -18,6 +18,7 @@ from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.export.convert import export, folder_source
 from bigdssm.retrieval.embed import tower_encoders
 from bigdssm.tables.files import MappedTables
+from bigdssm.tables.initial_rows import initial_rows
 from bigdssm.training.estimate import estimate
 
 from . import small_run
@@ -391,3 +392,17 @@ def test_a_stage_from_a_checkpoint_has_states_of_its_own(config: Path, tmp_path:
         pools[2].run(small_run.run, config, tmp_path / name, again)
     if load_model_folder(tmp_path / "run" / "pretrain" / "best").provenance["step"] == 12:
         assert_same_curve(tmp_path / "checkpoint", tmp_path / "best")
+
+
+def test_fine_tuning_starts_from_the_trained_rows(config: Path, tmp_path: Path, pools: dict[int, Pool]) -> None:
+    """At a rate of 0 the fine-tuned rows are the pretrained ones, and those are not the initial ones."""
+    pools[2].run(small_run.run, config, tmp_path, SHARDED)
+    at_rest = (*SHARDED, "sft.table_optimizer.lr=0", "sft.optimizer.lr=0")
+    pools[2].run(small_run.run, config, tmp_path, at_rest, "sft")
+    first, second = (load_model_folder(tmp_path / stage / "best").model.tables for stage in ("pretrain", "sft"))
+    for name, spec in first.sharded.items():
+        rows = torch.arange(2, spec.rows)
+        assert isinstance(first.source, MappedTables) and isinstance(second.source, MappedTables)
+        trained, kept = first.source.look_up(name, rows), second.source.look_up(name, rows)
+        initial = initial_rows(rows.numpy(), spec.dim, first.source.key(name), spec.std)
+        assert torch.equal(trained, kept) and not torch.equal(trained, initial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from bigdssm.config import DataConfig
 from bigdssm.dataset.blocks import read_block
 from bigdssm.dataset.dataset import Dataset
-from bigdssm.dataset.rows import Rows
+from bigdssm.dataset.rows import EventSlices, Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Categorical, History
 from bigdssm.features.ragged import Ragged
@@ -244,3 +245,11 @@ def test_every_event_is_a_target_once_and_rows_are_cut_from_the_newest(targets_p
         expected = {u: n - distance for u, n in lengths.items() if n > distance}
         assert dict(zip(keys, held_out.position.tolist(), strict=True)) == expected
     assert dataset.doc_counts().sum() == sum(max(0, n - 3) for n in lengths.values())
+
+
+def test_every_sequence_of_a_table_is_in_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bigdssm.dataset.rows.SEQUENCES_AT_ONCE", 3)
+    table = SimpleNamespace(num_rows=8, lengths=lambda name, sequences: sequences + 1)
+    chunks = list(EventSlices.in_chunks(table))  # type: ignore[arg-type]
+    assert [chunk.sequence.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [chunk.end.tolist() for chunk in chunks] == [[1, 2, 3], [4, 5, 6], [7, 8]]

@@ -28,8 +28,9 @@ from bigdssm.dataset.dataset import Dataset
 from bigdssm.dataset.schema import Schema
 from bigdssm.errors import CheckpointError, ConfigError
 from bigdssm.evaluation.trec import run_metrics
+from bigdssm.export import formats
 from bigdssm.export.convert import ExportSource, export, folder_source, stage_source
-from bigdssm.export.formats import PARITY_LIMIT, Probe, ReportedMetrics
+from bigdssm.export.formats import PARITY_LIMIT, Probe, ReportedMetrics, source_of
 from bigdssm.export.onnx_model import EXPORT_FILE, query_tower
 from bigdssm.export.text_tower import text_towers
 from bigdssm.features import CalendarTime, Feature, Ragged, Session, TextTokenizer, Timestamp
@@ -675,3 +676,10 @@ def test_a_cosine_model_by_default_has_vectors_alone_and_no_code(make_source: An
     assert not list((tmp_path / "exported").rglob("*.py"))
     model = library.SentenceTransformer(str(tmp_path / "exported"), device="cpu")
     assert model.encode_query(QUERIES).shape == (len(QUERIES), 6)
+
+
+def test_the_code_of_a_model_card_is_the_whole_module() -> None:
+    module = Path(formats.__file__).with_name("onnx_loading.py")
+    assert module.read_text(encoding="utf-8").rstrip().endswith(source_of(module.name))
+    compile(source_of(module.name), module.name, "exec")
+    assert source_of(module.name).count("def ") == module.read_text(encoding="utf-8").count("def ")

@@ -126,6 +126,7 @@ def test_a_filter_allows_the_matching_documents(dataset: Dataset, text: str, fit
         ("title = anchor", "got 'title', needs one of the categorical or numeric features item_id, genres, year"),
         ("year > old", "year is 'old', needs a number"),
         ("year > nan", "year is 'nan', needs a number"),
+        ("year > 3.5e38", "year is '3.5e38', needs a number"),
         ('genres = "\\ud800"', "'\\ud800' is not valid UTF-8"),
         ('genres in (Comedy, "\\udfff")', "'\\udfff' is not valid UTF-8"),
         ('"\\ud800" = 3', "'\\ud800' is not valid UTF-8"),
@@ -262,3 +263,8 @@ def test_an_empty_value_is_missing_and_matches_nothing() -> None:
     }.items():
         expression = resolve(parse_filter(text), {"genre": feature})
         assert evaluate(expression, {"genre": feature}, lambda name: codes).tolist() == expected
+
+
+def test_the_largest_number_is_one() -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert Numeric().with_name("year").parse(str(largest)) == largest

@@ -764,3 +764,19 @@ def test_a_body_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
             seconds.append(time.perf_counter() - started)
         connection.close()
     assert min(seconds[2:]) < 0.03, seconds
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "sentence"),
+    [
+        ("Content-Length: 5\r\nTransfer-Encoding: chunked", 400, b"both Content-Length and Transfer-Encoding"),
+        ("Transfer-Encoding: chunked", 411, b"no Content-Length"),
+        (f"Content-Length: {MOST_BYTES + 1}", 413, b"needs at most"),
+    ],
+)
+def test_the_status_of_invalid_headers(headers: str, status: int, sentence: bytes) -> None:
+    with served() as address, socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(f"POST / HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n\r\n".encode())
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(f"HTTP/1.1 {status}".encode()) and sentence in received

@@ -6,6 +6,7 @@ The contract is tested with PostgreSQL, a folder of indexes, Qdrant's local mode
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -836,3 +837,15 @@ def test_threads_share_connections(postgres_store: Store, tmp_path: Path) -> Non
         thread.start()
         thread.join()
     assert len(postgres_store._pool.idle) == 1  # type: ignore[attr-defined]
+
+
+def test_a_damaged_table_of_documents_is_not_published(
+    store: Store, vectors_dir: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(vectors_dir, tmp_path / "vectors"))
+    content = bytearray((folder / "documents.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "documents.arrow").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"documents\.arrow"):
+        publish(store, folder, dataset)
+    assert not store.collections()

@@ -130,6 +130,7 @@ def test_a_running_segment_keeps_its_catalogue(
     make_dataset(config, append=True, partition="items", items=item, withdrawn={"item_id": ["i1"]})
     now, continued = open_dataset(config.data), start.open_segment(config, "pretrain")
     assert (now.catalogue.num_docs, now.catalogue.withdrawn.tolist()) == (NUM_ITEMS + 1, [1])
+    assert now.catalogue.num_candidates == NUM_ITEMS
     assert continued.fingerprint == before.fingerprint and continued.catalogue.num_candidates == NUM_ITEMS
     assert continued.schema == before.schema != now.schema
     assert PairStream(continued, rows_global=24, lanes=4).check_state(state), "the same segment"

@@ -16,7 +16,7 @@ from bigdssm.commands.estimate import stand_in_dataset
 from bigdssm.config import load_config
 from bigdssm.dataset.dataset import open_dataset
 from bigdssm.errors import ConfigError
-from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate
+from bigdssm.training.estimate import Estimate, LiveBytes, StatedSizes, estimate, size_text
 from tests.command_line import Tools
 from tests.conftest import NUM_ITEMS, TinyDataset
 
@@ -232,3 +232,10 @@ def size(printed: str, label: str) -> float:
     found = re.search(rf"^\s*{re.escape(label)}\s+([\d.]+) (B|kB|MB|GB)$", printed, re.MULTILINE)
     assert found is not None, printed
     return float(found[1]) * 1000 ** ["B", "kB", "MB", "GB"].index(found[2])
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (2.5e6, "2.5 MB"), (3e9, "3.00 GB")]
+)
+def test_sizes_have_units(num_bytes: float, text: str) -> None:
+    assert size_text(num_bytes) == text
