@@ -23,7 +23,7 @@ GROUPS = {
     ),
     "Evaluate": ("evaluate", "report", "compare_runs", "compare_models", "plot_run"),
     "Search and serve": ("convert_checkpoint", "embed", "build_index", "publish", "search", "recommend", "serve"),
-    "Operate": ("watch_run", "stop_run", "mirror_run", "replay", "forget"),
+    "Operate": ("check_cluster", "watch_run", "stop_run", "mirror_run", "replay", "forget"),
 }  # fmt: skip
 
 

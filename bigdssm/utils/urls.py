@@ -1,6 +1,6 @@
 """Remote files through fsspec: read, read ranges, size, list, upload; transient failures are retried.
 
-Needs the extra `remote`; s3:// needs s3fs, gs:// needs gcsfs.
+Needs the extra `remote`.
 """
 
 import errno
@@ -236,6 +236,6 @@ def _filesystem(url: str, pid: int) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"{redacted(url)} needs another package ({' '.join(str(error).split())}): for http(s) pip install "
-            f"'bigdssm[remote]', for s3:// s3fs, for gs:// gcsfs"
+            f"'bigdssm[remote]'"
         ) from None
     return files, path

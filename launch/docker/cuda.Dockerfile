@@ -5,9 +5,10 @@
 #     -v "$PWD/runs:/workspace/runs" bigdssm:cuda \
 #     bigdssm pretrain --config configs/movielens_100k.yaml
 #
-# PyTorch includes CUDA libraries; DeepSpeed (nvcc), Triton and torch.compile need the image's toolkit and compiler. See
-# launch/trainjob.yaml and launch/slurm.sbatch for several machines.
-FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
+# The CUDA libraries are those that PyTorch's wheel requires. nvcc, with which DeepSpeed compiles the optimizer of
+# engine.offload_optimizer, is installed in the same version: another one would be refused. The host's driver is at least
+# that of this CUDA version (13: 580). See launch/trainjob.yaml and launch/slurm.sbatch for several machines.
+FROM ubuntu:24.04
 
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -22,7 +23,9 @@ WORKDIR /workspace
 COPY pyproject.toml README.md LICENSE ./
 COPY bigdssm bigdssm
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir ".[serve,remote]"
+RUN pip install --no-cache-dir ".[serve,remote]" "cuda-toolkit[nvcc,cccl]"
+ENV CUDA_HOME=/opt/venv/lib/python3.12/site-packages/nvidia/cu13 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY launch launch
 COPY tools tools
 COPY configs configs
