@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -112,3 +113,21 @@ def test_a_timeout_ends_child_processes_and_retains_the_output() -> None:
     assert started is not None, first
     state = Path(f"/proc/{started[1]}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_gpu_tool_run_on_a_cpu(tmp_path: Path) -> None:
+    """Every part but the tests, with small sizes; the report is written."""
+    parts = ["versions", "families", "loss", "chunks", "tables", "repeats", "encode", "step", "histories"]
+    sizes = ["--device", "cpu", "--rows", "64", "--dim", "16", "32", "--seconds", "200"]
+    command = [sys.executable, "tools/bench/gpu.py", *parts, *sizes, "--out", str(tmp_path / "gpu.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(parts) <= set(report) | {"histories"}
+    assert [row["family"] for row in report["families"]][:2] == ["bert", "modernbert"] and len(report["families"]) == 9
+    assert {row["D"] for row in report["loss"]} == {16, 32}
+    assert all(row["same bits"] for row in report["repeats"])
+    because = [row["because"] for row in report["skipped"]]
+    assert all("installed" in why for why in because), because

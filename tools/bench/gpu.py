@@ -7,11 +7,17 @@ Needs torch, Triton, NumPy, transformers and pytest, and no network; parts with 
 reported if those are missing. Runs as much as fits into --seconds, small sizes first. The tables are those of
 docs/gpu.md:
 
+versions    of the packages, and limits of the device
 tests   tests with the mark `gpu`
-loss    forward and backward for M rows of the global batch, by direction: time, share of the measured bf16 matmul
-        peak, memory; for comparison the dense formula of open_clip; Liger and CCE if installed
+families    small text encoders of nine families, bf16 against fp32
+loss    forward and backward for M rows of the global batch, by width and direction: time, share of the measured bf16
+        matmul peak, memory; for comparison the dense formula of open_clip; Liger and CCE if installed
 step    forward, loss, backward and optimizer of a MiniLM, a BERT-base and a history tower, fp32, bf16, with and
         without torch.compile: milliseconds per part, pairs/s, share of peak
+chunks  forward and backward of a BERT-base by tokens per chunk, eager and compiled
+tables  a step of a sharded table of width 256: fetch, reduce, commit
+repeats whether two equal steps have gradients of the same bits
+encode  texts per second without gradients
 histories   packed and padded, with tools/bench/bench_histories.py
 
 Times are medians. FLOPs are multiplications and additions of matrix products: q2d needs 3 products of
@@ -35,6 +41,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from gpu_bench import ALPHA, ROOT, Bench, ours, run_within, timed, vectors
+from gpu_parts import chunks, encode, families, repeats, tables, versions
 from gpu_towers import TOWERS, TwoInputs
 from torch import Tensor, nn
 
@@ -45,11 +52,11 @@ PRODUCTS = {"q2d": 3, "both": 4}  # of rows x columns x width, forward and backw
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="parts to run: tests, loss, step, histories (default: all)")
+    parser.add_argument("parts", nargs="*", help="parts to run (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device (default: %(default)s)")
-    parser.add_argument("--dim", type=int, default=256, help="width of the loss's vectors (default: %(default)s)")
+    parser.add_argument("--dim", type=int, nargs="+", default=[256, 128, 384, 768], help="widths of the loss's vectors")
     parser.add_argument("--rows", type=int, nargs="+", metavar="M", help="global batch sizes (default: 8k, 16k … 1M)")
-    parser.add_argument("--seconds", type=float, default=420, help="time budget (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=1500, help="time budget (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="JSON", help="file for the results (default: printed only)")
     args = parser.parse_args()
     parts = args.parts or list(PARTS)
@@ -108,10 +115,16 @@ def tests(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def loss(bench: Bench, args: argparse.Namespace) -> None:
-    """Time this loss and other implementations, by size and direction."""
+    """Time this loss and other implementations, by width, size and direction."""
     peak = product_peak(bench)
     bench.report["peak"] = {"dtype": "bfloat16", "tflops": round(peak / 1e12, 3)}
     bench.log(f"bf16 product peak {peak / 1e12:.1f} TFLOP/s, measured")
+    for dim in args.dim:
+        loss_of_width(bench, args, dim, peak)
+
+
+def loss_of_width(bench: Bench, args: argparse.Namespace, dim: int, peak: float) -> None:
+    """Time the losses on vectors of a width."""
     sizes = [(m, m) for m in args.rows or [8192 << k for k in range(8)]]
     if not args.rows and bench.world_size == 1:
         sizes.insert(1, (8192, 65_536))  # a rank's share of a batch on eight cards
@@ -126,21 +139,21 @@ def loss(bench: Bench, args: argparse.Namespace) -> None:
             variants |= peers
         for name, (products, step) in variants.items():
             expected = slow.get(name, 0.0) * (rows * columns)
-            if 4 * expected > 0.5 * bench.left():
-                bench.skip(f"loss {name}, {rows} x {columns}", "no time is left for it")
+            if 4 * expected > 0.2 * bench.left():
+                bench.skip(f"loss {name}, {rows} x {columns} x {dim}", "no time is left for it")
                 continue
             U, W = (
-                vectors(rows // bench.world_size, args.dim, bench),
-                vectors(columns // bench.world_size, args.dim, bench),
+                vectors(rows // bench.world_size, dim, bench),
+                vectors(columns // bench.world_size, dim, bench),
             )
-            with bench.or_skip(f"loss {name}, {rows} x {columns}"):
+            with bench.or_skip(f"loss {name}, {rows} x {columns} x {dim}"):
                 seconds, memory = timed(bench, lambda step=step, U=U, W=W: step(U, W).backward(), expected)
                 slow[name] = seconds / (rows * columns)
-                flops = 2 * products * rows * columns * args.dim / bench.world_size
+                flops = 2 * products * rows * columns * dim / bench.world_size
                 bench.add(
                     "loss",
                     {
-                        "loss": name, "rows": rows, "columns": columns, "ms": round(1e3 * seconds, 3),
+                        "loss": name, "D": dim, "rows": rows, "columns": columns, "ms": round(1e3 * seconds, 3),
                         "of peak": f"{flops / seconds / peak:.1%}", "MB": round(memory / 1e6),
                     },
                 )  # fmt: skip
@@ -252,7 +265,8 @@ def histories(bench: Bench, args: argparse.Namespace) -> None:
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
-    "tests": tests, "loss": loss, "step": step, "histories": histories,
+    "versions": versions, "tests": tests, "families": families, "loss": loss, "chunks": chunks, "tables": tables,
+    "repeats": repeats, "encode": encode, "step": step, "histories": histories,
 }  # fmt: skip
 
 if __name__ == "__main__":
