@@ -1,4 +1,4 @@
-"""The check of a cluster: two ranks of this machine, and what each failure says."""
+"""The check of a cluster: two ranks of this machine, and the sentence of each failure."""
 
 from __future__ import annotations
 
