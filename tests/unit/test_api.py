@@ -475,6 +475,8 @@ def test_the_command_lists_its_tools_and_suggests_the_nearest(capsys: Any, monke
     assert all(len(line) <= 120 and (not line.startswith("  ") or len(line.split()) > 4) for line in lines)
     files = {path.stem for folder in ("tools", "launch") for path in (ROOT / folder).glob("[a-z]*.py")}
     assert files == tools, "each tool is a file, too"
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{bigdssm.__version__}\n"
     assert command.main(["mine_negative"]) == 2
     assert capsys.readouterr().err == "error: bigdssm has no command 'mine_negative'; did you mean mine_negatives?\n"
     assert command.main(["xyzzy"]) == 2
