@@ -22,12 +22,14 @@ from tests.object_store import Bucket, emulated_bucket
 pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 ROOT = Path(__file__).resolve().parents[2]
+EVERY_TWO = ["pretrain.save_every_steps=2", "pretrain.validate_every_steps=2"]
+# At this rate the validation at step 2 is the best one.
 EIGHT = [
-    "pretrain.validate_every_steps=2",
     "pretrain.steps=8",
     "pretrain.epochs=0",
-    "pretrain.save_every_steps=2",
     "pretrain.keep_checkpoints=9",
+    "pretrain.optimizer.lr=0.5",
+    *EVERY_TWO,
 ]
 # A copy that waits, without an end, before the manifest of a checkpoint is copied.
 STALLED = """
