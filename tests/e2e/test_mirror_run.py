@@ -14,7 +14,6 @@ import pytest
 from safetensors.torch import load_file
 
 import bigdssm
-from bigdssm.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from bigdssm.commands.mirror_run import main
 from tests.distributed import small_run
 from tests.object_store import Bucket, emulated_bucket
@@ -22,15 +21,7 @@ from tests.object_store import Bucket, emulated_bucket
 pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 ROOT = Path(__file__).resolve().parents[2]
-EVERY_TWO = ["pretrain.save_every_steps=2", "pretrain.validate_every_steps=2"]
-# At this rate the validation at step 2 is the best one.
-EIGHT = [
-    "pretrain.steps=8",
-    "pretrain.epochs=0",
-    "pretrain.keep_checkpoints=9",
-    "pretrain.optimizer.lr=0.5",
-    *EVERY_TWO,
-]
+EIGHT = ["pretrain.steps=8", "pretrain.epochs=0", "pretrain.save_every_steps=2", "pretrain.keep_checkpoints=9"]
 # A copy that waits, without an end, before the manifest of a checkpoint is copied.
 STALLED = """
 import sys, time
@@ -96,10 +87,6 @@ def test_a_run_resumes_elsewhere_from_its_copy(
     assert [record["step"] for record in small_run.records(there)] == list(range(1, 9))
     expected, found = weights(uninterrupted), weights(there)
     assert all(found[name].equal(expected[name]) for name in expected)
-    paths = (find_checkpoint(run / "pretrain", "latest") for run in (uninterrupted, there))
-    ends = (load_checkpoint(read_manifest(path), 0, 1).common_tensors() for path in paths)
-    first, second = ({name: tensor.tolist() for name, tensor in end.items()} for end in ends)
-    assert first == second, "the validations so far, too"
     (there / "pretrain/checkpoints/step-00000002").rename(tmp_path / "moved")
     assert main(["pull", url, str(there)]) == 0  # a folder with checkpoints is left as it is
     assert not (there / "pretrain/checkpoints/step-00000002").exists()

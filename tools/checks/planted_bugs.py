@@ -1930,7 +1930,7 @@ BUGS = [
     # Bugs that a random change found in no test of the quick run.
     Bug("resume", "a_resumed_run_forgets_its_validations", "training.trainer:Trainer.load_state_dict",
         "self.selection.load_state_dict(common)", "pass",
-        f"{E2E}/test_mirror_run.py::test_a_run_resumes_elsewhere_from_its_copy"),
+        f"{UNIT}/training/test_start_resume.py::test_a_resumed_run_knows_the_validations_before_it"),
     Bug("tables", "fine_tuning_starts_from_initial_rows", "training.stages:build_trainer",
         "load_tables(tables, model.tables.source, states=False)", "pass",
         f"{RANKS}/test_table_training.py::test_fine_tuning_starts_from_the_trained_rows"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import bigdssm
+from bigdssm.checkpoints.checkpoint import find_checkpoint, load_checkpoint, read_manifest
 from bigdssm.config import load_config
 from bigdssm.training.start import find_start, rule_of
+from tests.distributed import small_run
 
 ROOT = Path(__file__).resolve().parents[3]
 RULES = {
@@ -74,3 +78,22 @@ def test_a_resume_without_checkpoint_on_later_partitions_is_a_warning(
     with caplog.at_level("WARNING", "bigdssm"):
         assert find_start(config, "pretrain", store, stream, resume).checkpoint is None
     assert ("data.from_partition=day2 leaves out" in caplog.text) == warned
+
+
+def test_a_resumed_run_knows_the_validations_before_it(tmp_path: Path) -> None:
+    """At this rate the validation at step 2 is the best one: later ones are compared with it, also after a resume."""
+    config = small_run.write_dataset(tmp_path)
+    options = ["pretrain.steps=8", "pretrain.epochs=0", "pretrain.keep_checkpoints=9", "pretrain.optimizer.lr=0.5"]
+    options += ["pretrain.save_every_steps=2", "pretrain.validate_every_steps=2"]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    bigdssm.pretrain(config, [f"run.dir={whole}", *options])
+    shutil.copytree(whole, half)
+    for step in (6, 8):
+        shutil.rmtree(half / f"pretrain/checkpoints/step-{step:08d}")
+    bigdssm.pretrain(config, [f"run.dir={half}", *options], resume=True)
+    first, second = (
+        load_checkpoint(read_manifest(find_checkpoint(run / "pretrain", "step-00000008")), 0, 1).common_tensors()
+        for run in (whole, half)
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
