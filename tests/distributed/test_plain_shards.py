@@ -22,10 +22,10 @@ from .spawn import Pool, RankFailed
 STEPS = 6
 
 
-@pytest.mark.slow
-def test_plain_shards_train_evaluate_and_resume(tmp_path: Path, pools: dict[int, Pool]) -> None:
+def write_plain_shards(folder: Path) -> Path:
+    """Write three shards of pairs, their config, and the dataset of their catalogue; return the config's path."""
     for shard in range(3):
-        with TarWriter(str(tmp_path / f"{shard}.tar")) as writer:
+        with TarWriter(str(folder / f"{shard}.tar")) as writer:
             for i in range(200 * shard, 200 * shard + 200):
                 words = {"query.txt": f"word{i % 60} of {i % 7}", "doc.txt": f"text {i % 60}"}
                 writer.write({"__key__": str(i), **{name: text.encode() for name, text in words.items()}})
@@ -33,11 +33,11 @@ def test_plain_shards_train_evaluate_and_resume(tmp_path: Path, pools: dict[int,
     sizes = {"layers": 1, "hidden": 16, "heads": 2}
     tower = {"mlp": [16], "text": sizes}
     content = {
-        "run": {"dir": str(tmp_path / "run"), "trackers": []},
+        "run": {"dir": str(folder / "run"), "trackers": []},
         "data": {
-            "dir": str(tmp_path / "dataset"), "lanes": 2, "num_workers": 0,
+            "dir": str(folder / "dataset"), "lanes": 2, "num_workers": 0,
             "query": {"query": text}, "doc": {"doc": text},
-            "tokenizer": {"vocab_size": 200}, "webdataset": str(tmp_path / "{0..2}.tar"), "max_bad_fraction": 0.0,
+            "tokenizer": {"vocab_size": 200}, "webdataset": str(folder / "{0..2}.tar"), "max_bad_fraction": 0.0,
         },
         "model": {"dim": 16, "query": tower, "doc": tower},
         "pretrain": {
@@ -46,9 +46,15 @@ def test_plain_shards_train_evaluate_and_resume(tmp_path: Path, pools: dict[int,
         },
         "debug": {"log_row_ids": True},
     }  # fmt: skip
-    config = tmp_path / "config.yaml"
+    config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(content))
-    make_pairs(load_config(config).data, PairTables(files=(tmp_path / "0.tar",)), IngestTarget(tmp_path / "dataset"))
+    make_pairs(load_config(config).data, PairTables(files=(folder / "0.tar",)), IngestTarget(folder / "dataset"))
+    return config
+
+
+@pytest.mark.slow
+def test_plain_shards_train_evaluate_and_resume(tmp_path: Path, pools: dict[int, Pool]) -> None:
+    config = write_plain_shards(tmp_path)
     with pytest.raises(RankFailed, match=r"sampling\.frequency: got counts"):
         pools[2].run(
             small_run.run,

@@ -223,9 +223,9 @@ def test_a_killed_deletion_ends_alike(folder: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "data"]
 
 
-def test_features_as_of_each_row_and_versions_by_time(tmp_path: Path) -> None:
-    """Blocks have users' features, and sequences the versions of items."""
-    write_config(tmp_path)
+def write_versions(folder: Path) -> Dataset:
+    """Make a dataset with two versions of each user and item, by time."""
+    write_config(folder)
     number = np.repeat(np.arange(20), 6)
     bought = np.random.RandomState(0).randint(0, 12, len(number))
     events = {
@@ -243,10 +243,15 @@ def test_features_as_of_each_row_and_versions_by_time(tmp_path: Path) -> None:
         "shelf": [f"shelf {key}" for key in items["item_id"]],
     }
     bigdssm.make_dataset(
-        tmp_path / "config.yaml", interactions=events, users=people, items=items, users_time_column="since",
+        folder / "config.yaml", interactions=events, users=people, items=items, users_time_column="since",
         items_time_column="updated",
     )  # fmt: skip
-    before, ids = Dataset.open(tmp_path / "data"), [*USERS[:2], *ITEMS]
+    return Dataset.open(folder / "data")
+
+
+def test_features_as_of_each_row_and_versions_by_time(tmp_path: Path) -> None:
+    """Blocks have users' features, and sequences the versions of items."""
+    before, ids = write_versions(tmp_path), [*USERS[:2], *ITEMS]
     rows, (steps, _) = train_rows(before), step_rows(before)
     assert before.catalogue.versions is not None and "user_id" in before.layout.query
     assert occurrences([tmp_path], ids)

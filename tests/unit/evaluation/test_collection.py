@@ -288,19 +288,25 @@ def test_a_pretrained_encoder_can_be_cut_to_its_first_layers(tmp_path: Path) -> 
         pretrained_architecture(str(tmp_path), keep_layers=4)
 
 
-def test_the_tools_on_a_collection(
-    made: tuple[Dataset, Path, Config], text_model: DualEncoder, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    dataset, folder, config = made
+@pytest.fixture
+def trained_run(made: tuple[Dataset, Path, Config], text_model: DualEncoder, tmp_path: Path) -> Path:
+    """Return a run folder whose stages have one model."""
+    dataset, _, config = made
     sft = yaml.safe_dump({**config.to_dict(), "sft": config.to_dict()["pretrain"]})
     for stage in ("pretrain", "sft"):
         best = tmp_path / "run" / stage / "best"
         save_model_folder(best, text_model, config, dataset.schema, dataset.tokenizer_dir, {})
         (tmp_path / "run" / stage / "config.yaml").write_text(sft)
         (tmp_path / "run" / stage / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    tools = Tools(monkeypatch, capsys)
-    beir, split = ("--beir", folder), ("--split", "validation")
+    return tmp_path / "run"
+
+
+def test_the_tools_on_a_collection(
+    made: tuple[Dataset, Path, Config], trained_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tools, best = Tools(monkeypatch, capsys), trained_run / "sft/best"
+    beir, split = ("--beir", made[1]), ("--split", "validation")
     files = ("--save-run", tmp_path / "own.trec", "--save-qrels", tmp_path / "qrels")
     out = tools.ran("evaluate", *beir, *split, "--model", best, *files, "--out", tmp_path / "own.json")
     system = json.loads((tmp_path / "own.json").read_text())["systems"][0]
@@ -320,14 +326,21 @@ def test_the_tools_on_a_collection(
     out = tools.ran("evaluate", *beir, *split, "--model", best, "--compare", tmp_path / "run" / "pretrain" / "best")
     assert "sft/best − pretrain/best: NDCG@10 +0.0000 [+0.0000, +0.0000]" in out
 
+
+def test_the_time_of_a_system_includes_encoding(
+    made: tuple[Dataset, Path, Config], trained_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def slow(*arguments: Any) -> Any:
         time.sleep(0.5)
         return model_vectors(*arguments)
 
     monkeypatch.setattr("bigdssm.evaluation.collection.model_vectors", slow)
     monkeypatch.setattr("bigdssm.commands.evaluate.model_vectors", slow)
+    best = trained_run / "sft/best"
     compared = ("--widths", 4, "--compare", best, "--out", tmp_path / "compared.json")
-    tools.ran("evaluate", *beir, *split, "--model", best, *compared)
+    collection = ("--beir", made[1], "--split", "validation")
+    Tools(monkeypatch, capsys).ran("evaluate", *collection, "--model", best, *compared)
     seconds = [system["seconds"] for system in json.loads((tmp_path / "compared.json").read_text())["systems"]]
     assert len(seconds) == 3 and min(seconds) > 0.5, "the time of a system excludes encoding"
 

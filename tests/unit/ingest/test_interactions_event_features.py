@@ -158,21 +158,34 @@ def test_requests_have_the_features_of_stored_and_given_events(tmp_path: Path) -
     for name in ("gap", "hour"):
         assert (columns[f"brands.{name}"].values == 0).all()  # type: ignore[union-attr]
     assert (columns["brands.when"].values == UNKNOWN_TIME).all()  # type: ignore[union-attr]
-    with pytest.raises(DataError, match=r"past\.when has no value for 1 of 2 events; give the times of all"):
-        columns_of_values([{"past": ["i1", "i2"], "past.when": [1.0, None]}], dataset.schema.query, DOC, None, EVENT)
-    with pytest.raises(ConfigError, match="1 of 1 events have no time; give it for all"):
-        queries.of(Request(user=user, events=[Event("i3")]))
     table: Any = dataset.sequences
     number = np.array([table.strings("query_key", np.arange(table.num_rows)).index(user)])
     stored = histories(dataset, PastEvents.of_users(dataset, table, number))
     for name, values in expected(events[user], max(0, len(events[user]) - 6), actions).items():
         np.testing.assert_array_equal(stored[f"past.{name}"].values, values)  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="'kind' is not a feature of events; they are: action, price"):
-        queries.of(Request(user=user, events=[Event("i3", now + 60, {"kind": "buy"})]))
-    with pytest.raises(ConfigError, match="price is 'dear', needs a number"):
-        queries.of(Request(user=user, events=[Event("i3", now + 60, {"price": "dear"})]))
-    with pytest.raises(DataError, match=r"past\.action has lists of other lengths than past"):
-        columns_of_values([{**row, "past.action": ["buy"]}], dataset.schema.query, dataset.schema.doc, None, EVENT)
+
+
+def test_invalid_events_of_requests_are_refused(tmp_path: Path) -> None:
+    rows = rows_of_events(3, 150, 1_700_000_000)
+    make(tmp_path, rows)
+    dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
+    user = max(events, key=lambda key: len(events[key]))
+    later = events[user][-1]["timestamp"] + 60
+    for event, sentence in (
+        (Event("i3"), "1 of 1 events have no time; give it for all"),
+        (Event("i3", later, {"kind": "buy"}), "'kind' is not a feature of events; they are: action, price"),
+        (Event("i3", later, {"price": "dear"}), "price is 'dear', needs a number"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            queries.of(Request(user=user, events=[event]))
+    for given, sentence in (
+        ({"past.when": [1.0, None]}, r"past\.when has no value for 1 of 2 events; give the times of all"),
+        ({"past.action": ["buy"]}, r"past\.action has lists of other lengths than past"),
+    ):
+        row = {"past": ["i1", "i2"], **given}
+        with pytest.raises(DataError, match=sentence):
+            columns_of_values([row], dataset.schema.query, dataset.schema.doc, None, EVENT)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,12 @@ def test_a_given_window_has_the_positions_of_its_documents(
         assert shown == [positions[user, keys[own], ""], *expected]
         found += len([doc for doc in documents if doc >= 0])
     assert found > 100
+
+
+def test_wrong_positions_are_refused(tools: Tools, rated: tuple[Dataset, Path], tmp_path: Path) -> None:
+    (dataset, root), out = rated, tmp_path / "shown.npy"
+    columns = ("--query-column", "user", "--positive-column", "doc", "--column", "beside")
+    given = ("list_candidates", "--data", dataset.dir, "--out", out, "--given", root / "shown.jsonl")
     wrong_places: list[tuple[list[object], str]] = [
         ([1], "another number of them"),
         ([0, 1], "got 0"),
@@ -160,9 +166,9 @@ def test_a_given_window_has_the_positions_of_its_documents(
         row = {"user": "u1", "doc": "d1", "beside": ["d2"], "places": places}
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
         table = tmp_path / f"{number}.jsonl"
-        called = (*given[:6], table, *columns, "--position-column", "places", "--overwrite")
+        called = (*given[:-1], table, *columns, "--position-column", "places")
         assert words in tools.refused(3, *called), places
-    alone = (*given[:7], "--query-column", "user", "--column", "beside", "--position-column", "places")
+    alone = (*given, "--query-column", "user", "--column", "beside", "--position-column", "places")
     assert "--position-column needs --positive-column" in tools.refused(2, *alone)
 
 

@@ -144,8 +144,6 @@ def test_an_error_has_no_id_of_the_dataset_and_no_path(folder: Path, index: str)
     statuses: Counter[tuple[str, int]] = Counter()
     sentences = set()
     with TestClient(make_app(folders_of(folder, index).open(), has_vectors=True, cache_size=0)) as client:
-        user = f"{MARK}user3"
-        assert client.post("/api/search", json={**REQUEST, "user": user}).status_code == 200
         for _ in range(400):
             path = draw.choice(["/api/search", "/api/search", "/api/why", "/api/vector", "/api/similar"])
             if path == "/api/similar":
@@ -158,7 +156,22 @@ def test_an_error_has_no_id_of_the_dataset_and_no_path(folder: Path, index: str)
             if answer.status_code >= 400:
                 assert MARK not in answer.text and str(folder) not in answer.text, answer.text
                 sentences.add(re.sub("'.*?'", "…", answer.json()["error"])[:40])
-        # requests with an id of the dataset, for errors that depend on a user
+        for path in ("/api/users", "/api/none", f"/second/api/similar?key={near_ids(draw)}"):
+            answer = client.get(path)
+            assert answer.status_code == 404 and MARK not in answer.text
+    for path in ("/api/search", "/api/why", "/api/vector"):
+        assert all(statuses[path, status] for status in (400, 404, 422)), statuses
+    assert statuses["/api/similar", 404] and statuses["/api/similar", 422]
+    assert {status for _, status in statuses} <= {200, 400, 404, 422}, statuses
+    assert {"no user is called …", "no document has the key …"} < sentences
+    assert len(sentences) > 25, "too few kinds of errors"
+
+
+@pytest.mark.parametrize("index", ["folder", "store"])
+def test_an_error_about_a_known_user_has_no_id(folder: Path, index: str) -> None:
+    with TestClient(make_app(folders_of(folder, index).open(), has_vectors=True, cache_size=0)) as client:
+        user = f"{MARK}user3"
+        assert client.post("/api/search", json={**REQUEST, "user": user}).status_code == 200
         for body in (
             {"user": user, "now": 5},
             {"user": user, "now": START * 1000},
@@ -174,15 +187,6 @@ def test_an_error_has_no_id_of_the_dataset_and_no_path(folder: Path, index: str)
                 condition = f'{feature} = "Qxitem{number}"'
                 answer = client.post("/api/search", json={**REQUEST, "events": [], "filter": condition})
                 assert answer.json() == {"error": f"filter: {feature} has no value 'Qxitem{number}'"}
-        for path in ("/api/users", "/api/none", f"/second/api/similar?key={near_ids(draw)}"):
-            answer = client.get(path)
-            assert answer.status_code == 404 and MARK not in answer.text
-    for path in ("/api/search", "/api/why", "/api/vector"):
-        assert all(statuses[path, status] for status in (400, 404, 422)), statuses
-    assert statuses["/api/similar", 404] and statuses["/api/similar", 422]
-    assert {status for _, status in statuses} <= {200, 400, 404, 422}, statuses
-    assert {"no user is called …", "no document has the key …"} < sentences
-    assert len(sentences) > 25, "too few kinds of errors"
 
 
 @pytest.mark.parametrize("kind", [DataError, UnavailableError, CheckpointError])

@@ -283,9 +283,7 @@ def altered(folder: Path, request: str, **changes: Any) -> None:
     pq.write_table(pa.Table.from_pylist(rows, request_log.COLUMNS), path)
 
 
-def test_a_replay_finds_altered_requests_alone(
-    searcher: Searcher, model_dir: Path, index_dir: Path, tools: Tools, tmp_path: Path
-) -> None:  # fmt: skip
+def test_a_replay_finds_altered_requests_alone(searcher: Searcher, tmp_path: Path) -> None:
     folder = tmp_path / "log"
     bodies: list[dict[str, Any]] = [{"user": f"u{number}", "top": 3 + number} for number in range(20)]
     bodies += [{"features": {"age": 30, "occupation": "farmer"}, "events": [{"item": "i5"}], "exclude": ["i3"]}]
@@ -316,9 +314,18 @@ def test_a_replay_finds_altered_requests_alone(
     [longer, shorter] = examples[old]["features"]["history"].values()
     assert 0 < len(shorter) < len(longer) and longer[: len(shorter)] != longer
 
+
+def test_a_replay_above_the_limit_ends_with_code_3(
+    searcher: Searcher, model_dir: Path, index_dir: Path, tools: Tools, tmp_path: Path
+) -> None:  # fmt: skip
+    folder = tmp_path / "log"
+    ids = [answer["request"] for answer in logged(searcher, folder, [{"user": f"u{n}"} for n in range(20)])]
+    features = {row["request"]: json.loads(row["features"]) for row in rows_of(folder)}
+    for request in ids[:3]:
+        altered(folder, request, features=json.dumps({**features[request], "age": 77.0}))
     arguments = ("--log", folder, "--model", model_dir, "--index", index_dir, "--out", tmp_path / "report.json")
     assert json.loads(tools.ran("replay", *arguments, "--limit", "0.15"))["differing"] == 0.15
-    assert len(json.loads((tmp_path / "report.json").read_text())["examples"]) == 4
+    assert len(json.loads((tmp_path / "report.json").read_text())["examples"]) == 3
     code, out, error = tools.run("replay", *arguments, "--limit", "0.14")
     assert code == 3 and json.loads(out)["differing"] == 0.15
     assert "15.00% of the requests differ, more than --limit 14.00%" in error

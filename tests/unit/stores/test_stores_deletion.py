@@ -128,19 +128,22 @@ def test_a_forgotten_document_leaves_no_byte_in_a_folder(tmp_path: Path) -> None
     assert left == [f"{tmp_path}/store/first/tombstones.npy, which has a 64-bit hash of each removed key"]
 
 
+VECTOR = np.random.default_rng(7).standard_normal(WIDTH).astype(np.float32)
+
+
+def secret_files(folder: Path) -> list[Path]:
+    files = [path for path in (folder / "store").rglob("*") if path.is_file()]
+    return [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
 def test_a_killed_drop_leaves_no_byte_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither after another drop, nor in a new collection, nor after `forget` in another collection."""
     store, shop = open_store(f"file://{tmp_path}/store"), Shop.new(Random(0), 30)
     saved = shop.save(tmp_path / "v")
-    vector = np.random.default_rng(7).standard_normal(WIDTH).astype(np.float32)
-
-    def files_left() -> list[Path]:
-        files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
-        return [path for path in files if SECRET.encode() in path.read_bytes()]
 
     def killed(last: int) -> None:
         """Drop a collection with an unapplied change, up to its removal number `last`."""
-        write(store, publish(store, *saved, "dropped").collection, SECRET, vector)
+        write(store, publish(store, *saved, "dropped").collection, SECRET, VECTOR)
         removed: list[Path] = []
 
         def remove(path: Path) -> None:
@@ -158,14 +161,19 @@ def test_a_killed_drop_leaves_no_byte_in_a_folder(tmp_path: Path, monkeypatch: p
     for last in (1, 2, 3):
         killed(last)
         store.drop("dropped")
-        assert files_left() == [] and store.collections().keys() == set()
+        assert secret_files(tmp_path) == [] and store.collections().keys() == set()
     assert not list((tmp_path / "store").iterdir())
+
+
+def test_changes_of_an_earlier_version_that_outlived_a_drop_leave_no_byte(tmp_path: Path) -> None:
+    store, shop = open_store(f"file://{tmp_path}/store"), Shop.new(Random(0), 30)
+    saved = shop.save(tmp_path / "v")
     changes = tmp_path / "store/.dropped.changes"  # of an earlier version, which removed them last
-    write(store, publish(store, *saved, "dropped").collection, SECRET, vector)
+    write(store, publish(store, *saved, "dropped").collection, SECRET, VECTOR)
     changes.rename(tmp_path / "changes")
     store.drop("dropped")
     (tmp_path / "changes").rename(changes)
-    assert len(files_left()) == 1
+    assert len(secret_files(tmp_path)) == 1
     assert SECRET not in store.contents(publish(store, *saved, "dropped").collection)
     store.drop("dropped")
     publish(store, *saved, "first")
@@ -173,9 +181,9 @@ def test_a_killed_drop_leaves_no_byte_in_a_folder(tmp_path: Path, monkeypatch: p
         folder.mkdir()
         (folder / "1.arrow").write_bytes(SECRET.encode())
     (tmp_path / "store/.first.changes/.2.arrow.unfinished").write_bytes(SECRET.encode())
-    assert len(files_left()) == 3
+    assert len(secret_files(tmp_path)) == 3
     forget_in_collection(store, "first", [], [SECRET])
-    assert files_left() == []
+    assert secret_files(tmp_path) == []
 
 
 def test_a_document_that_was_withdrawn_before_leaves_no_byte(server: Server, tmp_path: Path) -> None:

@@ -221,6 +221,20 @@ def test_unknown_ids_are_no_negatives_where_ids_are_dropped(one_day: Path, negat
             assert columns == (every if share == 0 else every - unknown)
 
 
+def evening(folder: Path, model: Path, top: int, *since: object) -> list[set[str]]:
+    """Return the first answers of each user, by the commands of docs/tutorials/shop.md."""
+    data, out = folder / "data", folder / "out"
+    folders = ["--model", model, "--index", out / "index", "--users"]
+    for main, arguments in (
+        (embed.main, ["--model", model, "--data", data, *since, "--out", out / "vectors"]),
+        (build_index.main, ["--vectors", out / "vectors", "--out", out / "index"]),
+        (recommend.main, [*folders, "--top", top, "--out", out / "a.csv"]),
+    ):
+        main([str(argument) for argument in [*arguments, "--overwrite"]])
+    answers = pd.read_csv(out / "a.csv")
+    return [set(documents) for _, documents in answers.groupby("row")["document"]]  # row n is user n
+
+
 def test_items_without_events_are_in_the_answers_of_the_evening(tmp_path: Path) -> None:
     """A user buys items of one kind: the first six answers are its five known items and the new one."""
     kinds, per_kind = "abc", 5
@@ -241,27 +255,12 @@ def test_items_without_events_are_in_the_answers_of_the_evening(tmp_path: Path) 
     })  # fmt: skip
     ids = [f"{kind}{number}" for kind in kinds for number in range(per_kind)]
     bigdssm.make_dataset(config, interactions=events, items=pd.DataFrame({"item_id": ids, "kind": [i[0] for i in ids]}))
-    model, data, out = bigdssm.pretrain(config).best, tmp_path / "data", tmp_path / "out"
-
-    def evening(*since: object) -> list[set[str]]:
-        """Return the first six answers of each user, by the commands of docs/tutorials/shop.md."""
-        for main, arguments in (
-            (embed.main, ["--model", model, "--data", data, *since, "--out", out / "vectors"]),
-            (build_index.main, ["--vectors", out / "vectors", "--out", out / "index"]),
-            (
-                recommend.main,
-                ["--model", model, "--index", out / "index", "--users", "--top", per_kind + 1, "--out", out / "a.csv"],
-            ),
-        ):
-            main([str(argument) for argument in [*arguments, "--overwrite"]])
-        answers = pd.read_csv(out / "a.csv")
-        return [set(documents) for _, documents in answers.groupby("row")["document"]]  # row n is user n
-
-    assert not any(f"{kind}-new" in found for found in evening() for kind in kinds)
+    model, top = bigdssm.pretrain(config).best, per_kind + 1
+    assert not any(f"{kind}-new" in found for found in evening(tmp_path, model, top) for kind in kinds)
     pd.DataFrame({"item_id": [f"{kind}-new" for kind in kinds], "kind": list(kinds)}).to_csv(tmp_path / "new.csv")
     tomorrow = ["items", "--config", config, "--items", tmp_path / "new.csv", "--append", "items-1"]
     make_shards.main([str(argument) for argument in tomorrow])
-    found = evening("--since", out / "vectors")
+    found = evening(tmp_path, model, top, "--since", tmp_path / "out/vectors")
     own = sum(f"{kinds[user % 3]}-new" in answers for user, answers in enumerate(found))
     of_others = sum(len([key for key in answers if key.endswith("-new")]) for answers in found) - own
     assert own > 0.8 * USERS and of_others < own  # twice as many by chance
