@@ -110,24 +110,27 @@ def test_torchrun_restarts_dead_ranks(config: Path, folder: Path) -> None:
     assert run.events()[1]["step"] >= 5 and max(run.checkpoints()) == "step-00000200"
 
 
+EXPECTED = [  # fault, exit codes, sentence, step of the newest checkpoint
+    ("kill@6:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
+    ("kill-save@8:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
+    ("disk-full@8:1", {4, 6}, "could not write a checkpoint in .*No space left.*the last valid one is kept", 4),
+    ("term@17", {75}, "stopped on request after step 18, saved", 18),
+]
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, folder: Path) -> None:
     """Killed in a step or a save, disk full; then a flipped byte, truncated and lost files, no `latest`."""
     command, steady = launcher("--ranks"), (*STEADY, "pretrain.steps=20", "--ranks", "2")
     whole = Run(folder.with_name("whole"), config, *steady, command=command)
     assert whole.wait() == 0, whole.log
     arguments = (*steady, "--resume", "auto")
-    expected = [
-        ("kill@6:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
-        ("kill-save@8:1", {6, 247}, r"rank 1 \(pid \d+ on \S+\) has ended without an error message", 4),
-        (
-            "disk-full@8:1",
-            {4, 6},
-            r"could not write a checkpoint in .*No space left on device.*the last valid one is kept",
-            4,
-        ),
-        ("term@17", {75}, "stopped on request after step 18, saved", 18),
-    ]
-    for fault, codes, sentence, step in expected:
+    for fault, codes, sentence, step in EXPECTED:
         # in the background, the checkpoint of step 4 could be unfinished at step 6
         waiting = ["engine.async_checkpoints=false"] if fault.startswith("kill@") else []
         run = Run(folder, config, *arguments, *waiting, command=command, variables=environment(fault))
@@ -136,12 +139,8 @@ def test_a_run_goes_through_damage_of_every_kind_to_the_same_bits(config: Path, 
         assert max(run.checkpoints()) == f"step-{step:08d}"
     checkpoints = folder / "pretrain" / "checkpoints"
     assert run.checkpoints() == ["latest", "step-00000012", "step-00000016", "step-00000018"]
-    flipped, short = checkpoints / "step-00000018", checkpoints / "step-00000016"
-    tensors = flipped / "tensors-00001.safetensors"
-    content = bytearray(tensors.read_bytes())
-    content[len(content) // 2] ^= 1
-    tensors.write_bytes(content)
-    (short / "tensors-00000.safetensors").write_bytes(b"short")
+    flip_a_byte(checkpoints / "step-00000018/tensors-00001.safetensors")
+    (checkpoints / "step-00000016/tensors-00000.safetensors").write_bytes(b"short")
     (checkpoints / "latest").unlink()
     run = Run(folder, config, *arguments, command=command, variables=environment("raise@14"))
     assert run.wait() in (1, 6), run.log

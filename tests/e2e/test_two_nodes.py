@@ -120,6 +120,20 @@ def nodes() -> Iterator[Nodes]:
         made.remove()
 
 
+def assert_same_run(folder: Path, config: Path, alone: Path) -> None:
+    """A run on one machine has the same losses and the same rows."""
+    losses = {record["step"]: record["loss"] for record in small_run.records(folder)}
+    assert sorted(losses) == list(range(1, 17))
+    done = subprocess.run(
+        [*launcher("deepspeed"), "launch/pretrain.py", "--config", str(config), f"run.dir={alone}", *STEADY],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses == {record["step"]: record["loss"] for record in small_run.records(alone)}
+    for name in ("row_ids-00000.jsonl", "row_ids-00001.jsonl"):
+        assert (folder / "pretrain" / name).read_text() == (alone / "pretrain" / name).read_text()
+
+
 def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_path: Path) -> None:
     config, folder = small_run.write_dataset(tmp_path), tmp_path / "run"
     started: list[Node] = []
@@ -162,14 +176,4 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
     finally:
         for node in started:
             node.lose_power()
-    losses = {record["step"]: record["loss"] for record in small_run.records(folder)}
-    assert sorted(losses) == list(range(1, 17))
-    alone = tmp_path / "alone"
-    done = subprocess.run(
-        [*launcher("deepspeed"), "launch/pretrain.py", "--config", str(config), f"run.dir={alone}", *STEADY],
-        cwd=ROOT, env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert losses == {record["step"]: record["loss"] for record in small_run.records(alone)}
-    for name in ("row_ids-00000.jsonl", "row_ids-00001.jsonl"):
-        assert (folder / "pretrain" / name).read_text() == (alone / "pretrain" / name).read_text()
+    assert_same_run(folder, config, tmp_path / "alone")

@@ -84,6 +84,22 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen
     assert process.returncode == 0
 
 
+def put_inputs(name: str, shop: Path, out: Path) -> None:
+    """Make the folder in which a command writes; `forget` changes a copy of the shop."""
+    shutil.rmtree(out, ignore_errors=True)
+    if name == "forget":
+        shutil.copytree(shop, out)
+    else:
+        out.mkdir()
+
+
+def assert_same_scores(found: Path, scores: np.ndarray) -> None:
+    """A resumed teacher encodes documents in other batches, which changes the last bits."""
+    again = np.load(found)
+    assert all((again[field] == scores[field]).all() for field in ("query", "window"))
+    assert_scores_close(again["teacher"], scores["teacher"], width=8)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_ends_with_the_files_of_an_uninterrupted_one(
     name: str, shop: Path, forks: subprocess.Popen[str], tmp_path: Path
@@ -98,11 +114,7 @@ def test_a_killed_command_ends_with_the_files_of_an_uninterrupted_one(
         return json.loads(forks.stdout.readline())
 
     def start() -> None:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        if name == "forget":
-            shutil.copytree(shop, tmp_path / "out")
-        else:
-            (tmp_path / "out").mkdir()
+        put_inputs(name, shop, tmp_path / "out")
 
     start()
     status, seconds = run()
@@ -127,9 +139,7 @@ def test_a_killed_command_ends_with_the_files_of_an_uninterrupted_one(
     assert num_killed
     status, _ = run()
     found = checksums(tmp_path / "out")
-    if scores is not None:  # a resumed teacher encodes documents in other batches, which changes the last bits
-        again = np.load(scored)
-        assert all((again[field] == scores[field]).all() for field in ("query", "window"))
-        assert_scores_close(again["teacher"], scores["teacher"], width=8)
+    if scores is not None:
+        assert_same_scores(scored, scores)
         found = dict.fromkeys(found, expected[str(scored)])
     assert status == 0 and found == expected

@@ -20,7 +20,7 @@ from bigdssm.cli import open_with_rules
 from bigdssm.commands import list_candidates
 from bigdssm.config import DataConfig, SourceConfig, StageConfig, VisitConfig, check_config
 from bigdssm.dataset.dataset import Dataset, open_dataset
-from bigdssm.dataset.rows import EventRules
+from bigdssm.dataset.rows import EventRules, Rows
 from bigdssm.errors import ConfigError, DataError
 from bigdssm.features import Numeric
 from bigdssm.loader.batch import Collator
@@ -71,6 +71,39 @@ def excluded_of(
     return {*seen, *of_visit(history, session, now, visit)}
 
 
+def assert_epoch_of_targets(view: Dataset, events: dict[str, list[dict[str, Any]]]) -> None:
+    """In the stream of training every target occurs once per epoch, as positives and in the counts."""
+    stream = PairStream(view, rows_global=8, lanes=2)
+    targets: list[list[tuple[str, int]]] = []
+    while sum(map(len, targets)) < view.num_queries("train"):
+        targets.append(keys_of(view, next(stream)))
+    of_train = {key for r in view.iterate("train", 50) for key in keys_of(view, r)}
+    assert set().union(*targets) == of_train and stream.step <= stream.steps_per_epoch
+    assert stream.state()["data.targets.train"] == BUY and stream.rows_bad == 0
+    items = Counter(events[user][position]["item_id"] for user, position in of_train)
+    assert dict(zip(view.catalogue.keys(np.arange(30)), view.doc_counts().tolist(), strict=True)) == {
+        f"i{n}": items.get(f"i{n}", 0) for n in range(30)
+    }
+
+
+def assert_excluded(
+    view: Dataset, raw: Dataset, events: dict[str, list[dict[str, Any]]], every: dict[tuple[str, int], Rows],
+    visit: VisitConfig, exclude_seen: bool | str, split: str, excludes_ties: bool,
+) -> None:  # fmt: skip
+    """Histories have all events; what is excluded depends on the history and the request."""
+    for r in view.iterate(split, 7):
+        for i, (user, position) in enumerate(keys_of(view, r)):
+            event, history = events[user][position], known_to(events[user], position, excludes_ties)
+            before = every[user, position]
+            j = keys_of(raw, before).index((user, position))
+            assert "past.action" in r.query and "past.session" not in r.query
+            for name, column in r.query.items():
+                np.testing.assert_array_equal(column[i], before.query[name][j])  # type: ignore[index]
+            query, docs = excluded_documents(view, exclude_seen)(r)
+            excluded = set(view.catalogue.keys(docs[query == i]))
+            assert excluded == excluded_of(history, event["session"], event["timestamp"], visit, exclude_seen)
+
+
 @pytest.mark.parametrize("visit", [NO_VISIT, BY_SESSION, BY_GAP], ids=["all", "session", "gap"])
 @pytest.mark.parametrize(("split_by", "targets_per_row"), [("time", 4), ("leave-one-out", 1)])
 @pytest.mark.parametrize("request_names", [(), ("action", "gap")])
@@ -99,32 +132,10 @@ def test_targets_and_exclusions_are_those_of_a_reference(
                 if wanted and event["item_id"] not in of_visit(history, event["session"], event["timestamp"], visit):
                     expected.add((user, position))
             assert 0 < len(expected) <= len(every) - (split == "train") * 40
-            found = [(key, r, i) for r in view.iterate(split, 7) for i, key in enumerate(keys_of(view, r))]
-            assert Counter(key for key, _, _ in found) == Counter(expected)
+            assert Counter(key for r in view.iterate(split, 7) for key in keys_of(view, r)) == Counter(expected)
             assert view.num_queries(split) == len(expected) and view.num_rows(split) <= len(expected)
-            # Histories have all events; what is excluded depends on the history and the request.
-            for (user, position), r, i in found:
-                event, history = events[user][position], known_to(events[user], position, excludes_ties)
-                before = every[user, position]
-                j = keys_of(raw, before).index((user, position))
-                assert "past.action" in r.query and "past.session" not in r.query
-                for name, column in r.query.items():
-                    np.testing.assert_array_equal(column[i], before.query[name][j])  # type: ignore[index]
-                query, docs = excluded_documents(view, exclude_seen)(r)
-                excluded = set(view.catalogue.keys(docs[query == i]))
-                assert excluded == excluded_of(history, event["session"], event["timestamp"], visit, exclude_seen)
-        # The stream of training: every target once per epoch, as positives and in the counts.
-        stream = PairStream(view, rows_global=8, lanes=2)
-        targets = []
-        while sum(map(len, targets)) < view.num_queries("train"):
-            targets.append(keys_of(view, next(stream)))
-        of_train = {key for r in view.iterate("train", 50) for key in keys_of(view, r)}
-        assert set().union(*targets) == of_train and stream.step <= stream.steps_per_epoch
-        assert stream.state()["data.targets.train"] == BUY and stream.rows_bad == 0
-        items = Counter(events[user][position]["item_id"] for user, position in of_train)
-        assert dict(zip(view.catalogue.keys(np.arange(30)), view.doc_counts().tolist(), strict=True)) == {
-            f"i{n}": items.get(f"i{n}", 0) for n in range(30)
-        }
+            assert_excluded(view, raw, events, every, visit, exclude_seen, split, excludes_ties)
+        assert_epoch_of_targets(view, events)
         assert view.fingerprint == raw.fingerprint == raw.rows_fingerprint != view.rows_fingerprint
         assert pickle.loads(pickle.dumps(view)).rows_fingerprint == view.rows_fingerprint
         sizes = {size.split: size.queries for size in describe(view).sizes}
@@ -250,6 +261,26 @@ def test_serving_excludes_the_visit_and_the_condition(
     assert set(dataset.catalogue.keys(all_seen)) == {event["item_id"] for event in every[user]}
 
 
+def known_to_validation(
+    view: Dataset, table: list[dict[str, Any]], cut: float
+) -> tuple[dict[Any, tuple[dict[str, Any], list[int], bool]], list[dict[str, Any]]]:
+    """Return (inputs, exclusions, whether at the cut) of the queries up to a time, and the inputs of later ones."""
+    queries, later = {}, []
+    brands = ["", "", *view.schema.doc["brand"].vocabulary]  # type: ignore[attr-defined]
+    for r in view.iterate("validation", 20):
+        assert r.sequences is not None
+        time = [sequences(table)[user][position]["timestamp"] for user, position in keys_of(view, r)]
+        query, docs = excluded_documents(view, BUY)(r)
+        for i, key in enumerate(keys_of(view, r)):
+            inputs = {name: np.asarray(column[i]).tolist() for name, column in r.inputs.items()}  # type: ignore[index]
+            inputs["brands"] = [brands[code] for code in inputs["brands"]]
+            if time[i] <= cut:
+                queries[key] = inputs, sorted(docs[query == i].tolist()), time[i] == cut
+            else:
+                later.append(inputs)
+    return queries, later
+
+
 @pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
 def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: VisitConfig) -> None:
     """Change the item at a time, and all that follows it: neither inputs nor exclusions of its query change.
@@ -274,6 +305,7 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
     changed_users = [{**user, "age": 99.0} if user["since"] > cut else user for user in users]
     changed_items = [{**item, "brand": "later"} if item["updated"] >= cut else item for item in items]
     found, later = [], []
+    splits = {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
     for number, (table, of_users, of_items) in enumerate(
         ((rows, users, items), (changed, changed_users, changed_items))
     ):
@@ -281,22 +313,11 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
         folder.mkdir()
         pq.write_table(pa.Table.from_pylist(of_users), folder / "users.parquet")
         dated = {"users": folder / "users.parquet", "users_time_column": "since", "items_time_column": "updated"}
-        dated |= {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
-        make(folder, table, config=config, items=pa.Table.from_pylist(of_items), **dated)
+        make(folder, table, config=config, items=pa.Table.from_pylist(of_items), **dated, **splits)
         view = Dataset.open(folder / "out").with_rules(EventRules({"validation": "price >= 1"}, BUY, visit))
-        queries, brands = {}, ["", "", *view.schema.doc["brand"].vocabulary]  # type: ignore[attr-defined]
-        for r in view.iterate("validation", 20):
-            assert r.sequences is not None
-            time = [sequences(table)[user][position]["timestamp"] for user, position in keys_of(view, r)]
-            query, docs = excluded_documents(view, BUY)(r)
-            for i, key in enumerate(keys_of(view, r)):
-                inputs = {name: np.asarray(column[i]).tolist() for name, column in r.inputs.items()}  # type: ignore[index]
-                inputs["brands"] = [brands[code] for code in inputs["brands"]]
-                if time[i] <= cut:
-                    queries[key] = inputs, sorted(docs[query == i].tolist()), time[i] == cut
-                else:
-                    later.append(inputs)
+        queries, after_cut = known_to_validation(view, table, cut)
         found.append(queries)
+        later += after_cut
     at_cut = [key for key, (_, _, is_cut) in found[1].items() if is_cut]
     assert at_cut and set(found[0]) <= set(found[1]) and len(found[0]) > 20
     assert any(inputs["age"] == 99 for inputs in later) and any("later" in inputs["brands"] for inputs in later)
@@ -393,7 +414,7 @@ def test_visits_of_a_mixture_need_one_unit_of_time(tmp_path: Path) -> None:
         open_dataset(replace(mixed, visit=BY_GAP))
 
 
-def test_refused_rules(tmp_path: Path) -> None:
+def test_refused_conditions_on_targets(tmp_path: Path) -> None:
     make(tmp_path, drawn(10, 100), config=RULED)
     dataset = Dataset.open(tmp_path / "out")
     for targets, sentence in (
@@ -410,6 +431,9 @@ def test_refused_rules(tmp_path: Path) -> None:
     ):
         PairStream(nothing, rows_global=8, lanes=2)
     assert nothing.num_rows("train") == 0 and not nothing.doc_counts().any() and nothing.num_rows("test")
+
+
+def test_refused_rules_of_a_config(tmp_path: Path) -> None:
     base = replace(load(tmp_path), data=replace(RULED, dir="d", targets_per_row=1))
     check_config(replace(base, data=replace(base.data, targets="action = buy", exclude_seen=BUY, visit=BY_SESSION)))
     refused: list[tuple[dict[str, Any], str]] = [
@@ -433,7 +457,10 @@ def test_refused_rules(tmp_path: Path) -> None:
     assert DataConfig(dir="d", targets="action = buy").targets == dict.fromkeys(
         ("train", "validation", "test"), "action = buy"
     )
+
+
+def test_a_visit_by_gaps_needs_times(tmp_path: Path) -> None:
     undated = replace(RULED, event={"action": EVENT["action"]})
-    make(tmp_path / "out", drawn(10, 100), config=undated, time_column=None, split="leave-one-out")
+    make(tmp_path, drawn(10, 100), config=undated, time_column=None, split="leave-one-out")
     with pytest.raises(ConfigError, match=r"data\.visit: .* has no event_time"):
-        Dataset.open(tmp_path / "out" / "out").with_rules(EventRules(visit=BY_GAP))
+        Dataset.open(tmp_path / "out").with_rules(EventRules(visit=BY_GAP))

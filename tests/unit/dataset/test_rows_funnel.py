@@ -68,18 +68,25 @@ def outcomes_of(events: list[dict[str, Any]], visit: VisitConfig, cut_offs: tupl
     return outcomes
 
 
+BOUGHT = "action = buy"
+
+
+def of_funnel(folder: Path, visit: VisitConfig, ties: Any) -> tuple[Dataset, Dataset, Any, list[str]]:
+    """Return a dataset, its view with targets of a funnel, its events by user, and the values of the action."""
+    rows = rated(21)
+    shares = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    make(folder, rows, config=replace(OF_REQUESTS, ties=ties), rating_column="weight", **shares)
+    raw = Dataset.open(folder / "out")
+    rules = EventRules({"train": "action in (cart, buy)", "test": BOUGHT}, BOUGHT, visit)
+    view = pickle.loads(pickle.dumps(raw.with_rules(rules)))
+    assert len(view.header.cut_offs) == 3 and view.rules == rules
+    return raw, view, sequences(rows), list(view.schema.event["action"].vocabulary)
+
+
 @pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
 @pytest.mark.parametrize("ties", ["exclude", "order"])
 def test_targets_of_a_funnel_are_those_of_a_reference(tmp_path: Path, visit: VisitConfig, ties: Any) -> None:
-    rows = rated(21)
-    shares = {"validation_fraction": 0.2, "test_fraction": 0.2}
-    make(tmp_path, rows, config=replace(OF_REQUESTS, ties=ties), rating_column="weight", **shares)
-    raw, events = Dataset.open(tmp_path / "out"), sequences(rows)
-    bought = "action = buy"
-    rules = EventRules({"train": "action in (cart, buy)", "test": bought}, bought, visit)
-    view = pickle.loads(pickle.dumps(raw.with_rules(rules)))
-    actions = list(view.schema.event["action"].vocabulary)  # type: ignore[attr-defined]
-    assert len(view.header.cut_offs) == 3 and view.rules == rules
+    raw, view, events, actions = of_funnel(tmp_path, visit, ties)
     furthest = {user: outcomes_of(own, visit, view.header.cut_offs) for user, own in events.items()}
     differing = 0
     for split, wanted in (("train", ("cart", "buy")), ("validation", STEPS), ("test", ("buy",))):
@@ -97,7 +104,7 @@ def test_targets_of_a_funnel_are_those_of_a_reference(tmp_path: Path, visit: Vis
             assert r.relevance.tolist() == [event["weight"] for event in outcome]
             requested = np.asarray(r.request["action"]).tolist()
             assert [actions[code - 2] for code in requested] == [event["event_type"] for event in outcome]
-            matching = view.matching_targets(r, bought, "data.exclude_seen")
+            matching = view.matching_targets(r, BOUGHT, "data.exclude_seen")
             assert matching.tolist() == [event["event_type"] == "buy" for event in outcome]
             for i, (user, position) in enumerate(keys):  # the history has the raw events
                 history = known_to(events[user], position, ties == "exclude")
@@ -111,14 +118,18 @@ def test_targets_of_a_funnel_are_those_of_a_reference(tmp_path: Path, visit: Vis
             counts = dict(zip(view.catalogue.keys(np.arange(30)), view.doc_counts().tolist(), strict=True))
             assert {item: number for item, number in counts.items() if number} == items
     assert differing > 5
-    # Whatever reads the action of a target reads that of its outcome.
+
+
+@pytest.mark.parametrize("visit", [BY_SESSION, BY_GAP], ids=["session", "gap"])
+def test_all_that_reads_the_action_of_a_target_reads_that_of_its_outcome(tmp_path: Path, visit: VisitConfig) -> None:
+    raw, view, _, actions = of_funnel(tmp_path, visit, "exclude")
     by_action = {part.condition: int(part.rows.sum()) for part in read_slices(view, "validation", ["action"])}
     of_validation = [r for r in view.iterate("validation", 1000)]
     codes = np.concatenate([np.asarray(r.request["action"]) for r in of_validation])
     assert by_action == {f"action = {step}": int((codes == actions.index(step) + 2).sum()) for step in STEPS}
-    users, docs = TrainPositives.of(view, exclude_seen=bought).pairs(next(view.iterate("train", 1000)).query_ids)
+    users, docs = TrainPositives.of(view, exclude_seen=BOUGHT).pairs(next(view.iterate("train", 1000)).query_ids)
     train = next(view.iterate("train", 1000))
-    is_bought = view.matching_targets(train, bought, "data.exclude_seen")
+    is_bought = view.matching_targets(train, BOUGHT, "data.exclude_seen")
     expected_pairs = set(zip(train.query_ids[is_bought].tolist(), train.doc_rows[is_bought].tolist(), strict=True))
     assert set(zip(train.query_ids[users].tolist(), docs.tolist(), strict=True)) == expected_pairs
     assert 3 < len(expected_pairs) < len(set(zip(train.query_ids.tolist(), train.doc_rows.tolist(), strict=True)))
@@ -126,7 +137,9 @@ def test_targets_of_a_funnel_are_those_of_a_reference(tmp_path: Path, visit: Vis
     stream = PairStream(view, rows_global=8, lanes=2)
     assert stream.state()["data.visit.funnel"] == {"action": list(STEPS)}
     assert stream.check_state(stream.state())
-    assert view.rows_fingerprint != raw.with_rules(replace(rules, visit=replace(visit, funnel={}))).rows_fingerprint
+    assert (
+        view.rows_fingerprint != raw.with_rules(replace(view.rules, visit=replace(visit, funnel={}))).rows_fingerprint
+    )
 
 
 def queries_of(view: Dataset) -> dict[tuple[str, int], tuple[dict[str, Any], list[int], int]]:

@@ -69,18 +69,24 @@ def run(main: Any, *arguments: object) -> None:
     main([str(argument) for argument in arguments])
 
 
+def write_models(config: Config, folder: Path, **options: Any) -> None:
+    """Save a model of the dataset, and one of the same dataset without columns for filters, of equal checksums."""
+    plain = make(config, folder / "plain", replace(DATA, filter={}), **options)
+    for name, own in (("model", config), ("model_of_plain", plain)):
+        dataset = open_dataset(own.data)
+        save_model_folder(folder / name, random_model(own, dataset, seed=1), own, dataset.schema, None, {})
+    first, second = (load_model_folder(folder / name) for name in ("model", "model_of_plain"))
+    assert first.checksum == second.checksum
+    assert not first.schema.filter and "region" not in (folder / "model" / "schema.json").read_text()
+
+
 @pytest.mark.parametrize("options", [{}, {"items_time_column": "since"}])
 def test_a_change_needs_no_new_vectors_and_no_new_index(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
 ) -> None:
     config = make(config, tmp_path / "data", **options)
-    plain = make(config, tmp_path / "plain", replace(DATA, filter={}), **options)
-    for name, own in (("model", config), ("model_of_plain", plain)):
-        dataset = open_dataset(own.data)
-        save_model_folder(tmp_path / name, random_model(own, dataset, seed=1), own, dataset.schema, None, {})
+    write_models(config, tmp_path, **options)
     model = load_model_folder(tmp_path / "model")
-    assert model.checksum == load_model_folder(tmp_path / "model_of_plain").checksum
-    assert not model.schema.filter and "region" not in (tmp_path / "model" / "schema.json").read_text()
     folders = ("--model", tmp_path / "model", "--data", tmp_path / "data")
     run(embed.main, *folders, "--out", tmp_path / "vectors")
     run(build_index.main, "--vectors", tmp_path / "vectors", "--out", tmp_path / "index")

@@ -175,17 +175,26 @@ def _of(everything: np.ndarray, docs: np.ndarray) -> np.ndarray:
     return np.where(docs < 0, np.nan, np.take_along_axis(everything, np.maximum(docs, 0), 1))
 
 
-def test_ranks_share_the_queries_and_resume_after_a_kill(
-    model: DualEncoder, negatives: Path, dataset: Dataset, tmp_path: Path
-) -> None:
-    given, out, asked_for = HardNegatives.open(negatives), tmp_path / "scored.npy", []
-    teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
+def recording(teacher: PairTeacher, asked_for: list[np.ndarray], calls: int | None = None) -> PairTeacher:
+    """Return a teacher that lists the queries of its calls, and is killed after some."""
 
-    def killed(rows: Rows, docs: np.ndarray) -> np.ndarray:
-        if len(asked_for) == 3:
+    def record(rows: Rows, docs: np.ndarray) -> np.ndarray:
+        if len(asked_for) == calls:
             raise KeyboardInterrupt
         asked_for.append(rows.query_keys)
         return teacher(rows, docs)
+
+    return record
+
+
+def test_ranks_share_the_queries_and_resume_after_a_kill(
+    model: DualEncoder, negatives: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    given, out = HardNegatives.open(negatives), tmp_path / "scored.npy"
+    teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
+    asked_for: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
+    killed, counted = recording(teacher, asked_for, 3), recording(teacher, seen)
 
     def make(teacher: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
         return score_pairs(out, given, dataset, [teacher], names, Share(rank, 2, rows_per_chunk=60))
@@ -193,12 +202,6 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])
     assert not out.exists()
-    seen: list[np.ndarray] = []
-
-    def counted(rows: Rows, docs: np.ndarray) -> np.ndarray:
-        seen.append(rows.query_keys)
-        return teacher(rows, docs)
-
     assert make(counted, 1, ["one"]) is None and not out.exists()
     whole = make(counted, 0, ["one"])
     assert whole is not None

@@ -344,17 +344,24 @@ def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordB
     return list(zip(ids, batches, strict=True))
 
 
-def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
-    config = replace(CONFIG, request=("action", "gap", "price", "hour", "when"))
+OF_REQUESTS = replace(CONFIG, request=("action", "gap", "price", "hour", "when"))
+
+
+def asked_by_a_user(folder: Path) -> tuple[Dataset, Queries, str, float, int]:
+    """Return a dataset with features of requests, its queries, a user, a time, and the code of the action buy."""
     rows = rows_of_events(7, 150, 1_700_000_000)
-    make(tmp_path, rows, config=config)
-    dataset, events = Dataset.open(tmp_path / "out"), sequences(rows)
+    make(folder, rows, config=OF_REQUESTS)
+    dataset, events = Dataset.open(folder / "out"), sequences(rows)
     actions = list(dataset.schema.event["action"].vocabulary)  # type: ignore[attr-defined]
-    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
     user = max(events, key=lambda key: len(events[key]))
-    now = events[user][-1]["timestamp"] + 3600
+    queries = Queries(dataset.schema, None, dataset, exclude_seen=False)
+    return dataset, queries, user, events[user][-1]["timestamp"] + 3600, actions.index("buy") + 2
+
+
+def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
+    dataset, queries, user, now, buy = asked_by_a_user(tmp_path)
     query = queries.of(Request(user=user, now=now, context={"action": "buy", "price": 3}))
-    assert query.columns["request.action"].tolist() == [actions.index("buy") + 2]  # type: ignore[union-attr]
+    assert query.columns["request.action"].tolist() == [buy]  # type: ignore[union-attr]
     assert query.columns["request.gap"].tolist() == elapsed_codes(np.array([3600.0])).tolist()  # type: ignore[union-attr]
     assert query.columns["request.price"].tolist() == [3.0]  # type: ignore[union-attr]
     assert query.columns["request.hour"].tolist() == [hour_of_week(now) + 2]  # type: ignore[union-attr]
@@ -365,7 +372,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     bulk = Users(dataset, now, {"action": "buy"}).read(0, 100)
     number = bulk.keys.index(user)  # type: ignore[union-attr]
     for name, value in (
-        ("request.action", actions.index("buy") + 2),
+        ("request.action", buy),
         ("request.gap", elapsed_codes(np.array([3600.0]))[0]),
         ("request.hour", hour_of_week(now) + 2),
         ("request.when", now * 1_000_000),
@@ -373,14 +380,18 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
         assert bulk.columns[name][number] == value  # type: ignore[index]
     (tmp_path / "new.jsonl").write_text('{"items": ["i3"]}\n{"items": []}\n')
     table = TableRows(dataset, tmp_path / "new.jsonl", None, "items", now, {"action": "buy"}).read(0, 2)
-    assert table.columns["request.action"].tolist() == [actions.index("buy") + 2] * 2  # type: ignore[union-attr]
+    assert table.columns["request.action"].tolist() == [buy] * 2  # type: ignore[union-attr]
     assert table.columns["request.hour"].tolist() == [hour_of_week(now) + 2] * 2  # type: ignore[union-attr]
     assert table.columns["request.gap"].tolist() == [0, 1]  # type: ignore[union-attr]  # events without times, none
+
+
+def test_a_request_from_python_is_that_of_training(tmp_path: Path) -> None:
+    dataset, _, _, now, buy = asked_by_a_user(tmp_path)
     given, _ = columns_of_values(
         [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0, "request.when": now}, {"past": ["i3"]}],
         dataset.schema.query, dataset.schema.doc, None, dataset.schema.event, dataset.schema.request,
     )  # fmt: skip
-    assert given["request.action"].tolist() == [actions.index("buy") + 2, 0]  # type: ignore[union-attr]
+    assert given["request.action"].tolist() == [buy, 0]  # type: ignore[union-attr]
     assert given["request.gap"].tolist() == [elapsed_codes(np.array([3600.0]))[0], 1]  # type: ignore[union-attr]
     assert given["request.hour"].tolist() == [0, 0]  # type: ignore[union-attr]
     assert given["request.when"].tolist() == [now * 1_000_000, UNKNOWN_TIME]  # type: ignore[union-attr]
@@ -390,6 +401,10 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
                 [{"past": ["i3"], "request.hour": value}], dataset.schema.query, dataset.schema.doc, None,
                 dataset.schema.event, dataset.schema.request,
             )  # fmt: skip
+
+
+def test_invalid_requests_are_refused(tmp_path: Path) -> None:
+    dataset, queries, user, now, _ = asked_by_a_user(tmp_path)
     without_now = Request(user=user), Request(events=[Event("i3", now)])
     for refused in (*(lambda r=r: queries.of(r) for r in without_now), lambda: Users(dataset)):
         with pytest.raises(ConfigError, match="now is missing: the features gap, hour, when of a request are"):
@@ -399,13 +414,13 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--context kind: needs a feature of requests, of \["):
         Users(dataset, now, {"kind": "buy"})
     with pytest.raises(ConfigError, match=r"data\.request: got kind, needs features of data\.event"):
-        check_config(replace(load(tmp_path), data=replace(config, dir="d", request=("kind",), targets_per_row=1)))
+        check_config(replace(load(tmp_path), data=replace(OF_REQUESTS, dir="d", request=("kind",), targets_per_row=1)))
     with pytest.raises(ConfigError, match=r"times: got rotary, needs a feature of data\.event of type timestamp"):
         load(tmp_path, {"times": "rotary"})
     with pytest.raises(
         ConfigError, match=r"data\.event: got 2 features of type timestamp, data\.event\.a, data\.event\.b"
     ):
-        two = replace(config, dir="d", event={"a": Timestamp(), "b": Timestamp()}, request=(), targets_per_row=1)
+        two = replace(OF_REQUESTS, dir="d", event={"a": Timestamp(), "b": Timestamp()}, request=(), targets_per_row=1)
         check_config(replace(load(tmp_path), data=two))
 
 

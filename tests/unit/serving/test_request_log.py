@@ -360,20 +360,15 @@ def test_a_replay_skips_requests_that_forget_changed(searcher: Searcher, tmp_pat
     assert report["differing"] == 0
 
 
-@pytest.mark.slow
-def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
-    searcher: Searcher, dataset: Dataset, model_dir: Path, tiny_interactions: Any, tools: Tools,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """By the statements and options of the page."""
+def write_shown(searcher: Searcher, folder: Path) -> None:
+    """Write shown.parquet of clicks on logged answers into the current folder, by the statements of the page."""
     bodies = [{"user": f"u{number}", "top": 6, "exclude_seen": False} for number in range(40)]
-    answers = logged(searcher, tmp_path / "requests", bodies)
+    answers = logged(searcher, folder / "requests", bodies)
     clicks = [(answer["request"], answer["documents"][place]["key"]) for answer in answers for place in (1, 4)]
     requests, keys = zip(*clicks, strict=True)
-    pq.write_table(pa.table({"request": requests, "document": keys}), tmp_path / "clicks.parquet")
+    pq.write_table(pa.table({"request": requests, "document": keys}), folder / "clicks.parquet")
     page = (Path(__file__).parents[3] / "docs/feedback.md").read_text("utf-8")
     [statements] = [block for block in code_of(page) if "CREATE VIEW impressions" in block]
-    monkeypatch.chdir(tmp_path)
     exec(statements, {})
     rows = pq.read_table("shown.parquet").to_pylist()
     assert len(rows) == 80
@@ -385,6 +380,15 @@ def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
         assert row["shown"] == [answer[place] for place in (0, 2, 3, 5)]
         assert row["positions"] == [1 + answer.index(row["clicked"]), 1, 3, 4, 6]
 
+
+@pytest.mark.slow
+def test_clicks_on_logged_answers_become_pairs_of_fine_tuning(
+    searcher: Searcher, dataset: Dataset, model_dir: Path, tiny_interactions: Any, tools: Tools,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By the statements and options of the page."""
+    monkeypatch.chdir(tmp_path)
+    write_shown(searcher, tmp_path)
     source = tiny_interactions.source
     small = [f"model.{override}" for override in SMALL]
     tools.ran(
