@@ -27,16 +27,17 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
 
 
-def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
+def claim_of_all_kinds(tiny_interactions: TinyDataset, folder: Path) -> dict[str, Any]:
+    """Return a claim with stages, features left out, teachers, and baselines."""
     source = tiny_interactions.source
     tables = f"--interactions {source}/interactions.csv --items {source}/items.csv --users {source}/users.csv"
     bright = f"--like {tiny_interactions.dir} --rating-column rating --positive-rating 5"
-    config = tmp_path / "config.yaml"
+    config = folder / "config.yaml"
     content = yaml.safe_load(tiny_interactions.config.read_text())
     negatives = {"hard": 2, "mining": {"first": 1, "last": 20}}
     content["sft"] = {"steps": 3, "rows_global": 64, "loss": {"name": "pair_ce"}, "negatives": negatives}
     config.write_text(yaml.safe_dump(content, sort_keys=False))
-    claim: dict[str, Any] = {
+    return {
         "claim": "more is better",
         "sets": {"tiny": {"config": str(config), "seeds": [0], "set": SMALL, "make": f"interactions {tables}"}},
         "cells": {
@@ -55,6 +56,23 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
         },
         "expect": [{"no_better": "EASE", "than": "more", "margin": 1.0}],
     }
+
+
+def assert_teachers(out: Path, cells: dict[str, Any]) -> None:
+    """One cell is fine-tuned with a teacher's scores, one with a teacher's vectors, whose work counts."""
+    (candidates,) = out.glob("tiny/*/seed-0/scored.npy")
+    scores = HardNegatives.open(candidates)
+    assert np.isfinite(scores.teacher_scores(scores.queries)[:, 0]).all()
+    assert "distillation" in (candidates.parent / "sft/metrics.jsonl").read_text()
+    assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"]
+    assert len(list(out.glob("tiny/*/seed-0/teacher"))) == 1
+    logs = out.glob("tiny/*/seed-0/sft/metrics.jsonl")
+    assert sum("distillation" in log.read_text() for log in logs) == 2
+    assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
+
+
+def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -> None:
+    claim = claim_of_all_kinds(tiny_interactions, tmp_path)
     (tmp_path / "first.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
     out, page = tmp_path / "runs", tmp_path / "page.md"
     done = command("-m", "tools.evidence", tmp_path / "first.yaml", "--out", out, "--page", page, "--at-once", 2)
@@ -70,19 +88,7 @@ def test_a_claim_is_tried_once(tiny_interactions: TinyDataset, tmp_path: Path) -
         return {path: path.read_text() for path in out.glob("tiny/*/seed-0/commands.jsonl")}
 
     before = commands()
-    (candidates,) = out.glob("tiny/*/seed-0/scored.npy")
-    scores = HardNegatives.open(candidates)
-    assert (
-        np.isfinite(scores.teacher_scores(scores.queries)[:, 0]).all()
-        and "distillation" in (candidates.parent / "sft/metrics.jsonl").read_text()
-    )
-    assert cells["judged"]["cpu_seconds"] > cells["tuned"]["cpu_seconds"], "the work of the teacher counts"
-    assert len(list(out.glob("tiny/*/seed-0/teacher"))) == 1
-    logs = out.glob("tiny/*/seed-0/sft/metrics.jsonl")
-    assert sum("distillation" in log.read_text() for log in logs) == 2, (
-        "one with teacher scores, one with teacher vectors"
-    )
-    assert cells["taught"]["cpu_seconds"] > cells["more"]["cpu_seconds"] + cells["other"]["cpu_seconds"]
+    assert_teachers(out, cells)
     assert len(before) == 8 and len(list(out.glob("data/*/dataset.json"))) == 2
     again = command("-m", "tools.evidence", tmp_path / "first.yaml", "--out", out, "--page", page)
     assert again.returncode == 0 and "begins" not in again.stderr + again.stdout and commands() == before

@@ -139,11 +139,8 @@ def test_a_node_dies_and_comes_back_and_the_cable_is_pulled(nodes: Nodes, tmp_pa
     started: list[Node] = []
 
     def start(*arguments: str, fault: str = "") -> list[Node]:
-        number = len(started)
-        both = [
-            nodes.start(node, folder, config, tmp_path / f"{number}-{node}.log", *arguments, fault=fault)
-            for node in (0, 1)
-        ]  # fmt: skip
+        logs = [tmp_path / f"{len(started)}-{node}.log" for node in (0, 1)]
+        both = [nodes.start(node, folder, config, log, *arguments, fault=fault) for node, log in enumerate(logs)]
         started.extend(both)
         return both
 

@@ -21,7 +21,7 @@ from bigdssm.evaluation.comparison import MeasuredRows, System, read_ranks, save
 from bigdssm.evaluation.metrics import paired_bootstrap, row_metrics
 from tools.evidence.__main__ import main
 from tools.evidence.benches import read_benchmarks, run_benchmarks
-from tools.evidence.claims import CLAIM_METRICS, RANK_LIMIT, Expectation, read_claim
+from tools.evidence.claims import CLAIM_METRICS, RANK_LIMIT, Claim, Expectation, read_claim
 from tools.evidence.page import OVERVIEW, as_markdown, tables_as_markdown, write_page
 from tools.evidence.results import CellResult, Result, SetResult, collect, together
 from tools.evidence.running import Trial, _config_content, cpu_seconds, plan_trials, run_trial, run_trials, write_config
@@ -375,21 +375,26 @@ def test_measurements_are_stored_apart_from_the_runs(tmp_path: Path, tiny_intera
         read_trials(file)
 
 
-def test_sets_of_a_pool_are_counted_together(
-    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of a user in both sets are resampled together; `per_set` of the pool applies to its sets."""
-    years = {year: {"config": str(tiny_interactions.config), "seeds": [0, 1], "pool": "years"} for year in ("x", "y")}
+def claim_of_years(folder: Path, config: Path) -> Claim:
+    """Return a claim on a pool of two sets, and on a third set; `per_set` of the pool applies to its sets."""
+    years = {year: {"config": str(config), "seeds": [0, 1], "pool": "years"} for year in ("x", "y")}
     of_years = {"only": ["years"], "set": ["pretrain.epochs=2"], "per_set": {"years": ["pretrain.rows_global=8"]}}
     of_years["per_set"]["y"] = ["pretrain.rows_global=16"]  # type: ignore[index]
     cells = {"a": {}, "b": of_years}
     expect = [{**CLAIM["expect"][0], "rows": rows} for rows in ("all", "warm", "cold")]
     sets = {**years, "z": {**years["x"], "pool": None}}
-    claim = read_claim(written(tmp_path, sets=sets, cells=cells, expect=expect))
+    claim = read_claim(written(folder, sets=sets, cells=cells, expect=expect))
     assert claim.pools == {"years": ["x", "y"], "z": ["z"]} and list(claim.cells_on("z")) == ["a"]
     assert claim.cell_on("x", "b").set == ("pretrain.epochs=2", "pretrain.rows_global=8")
     assert claim.cell_on("y", "b").set[1:] == ("pretrain.rows_global=8", "pretrain.rows_global=16")
+    return claim
 
+
+def test_sets_of_a_pool_are_counted_together(
+    tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a user in both sets are resampled together."""
+    claim = claim_of_years(tmp_path, tiny_interactions.config)
     dataset, rng = Dataset.open(load_config(tiny_interactions.config).data.dir), np.random.default_rng(0)
     query_ids = MeasuredRows.of(dataset, "test").query_ids
     planned, ranks = plan_trials(claim, tmp_path), dict[tuple[str, str, int], np.ndarray]()
@@ -470,25 +475,23 @@ def test_a_cell_trains_on_its_own_dataset_and_is_measured_on_the_set(
     assert ran[2][ran[2].index("--data") + 1] == of_set
 
 
+COUNT = """
+import json, sys
+model, data, out = sys.argv[1:]
+json.dump({'found': [{'what': data, 'ms': 1234.567, 'bytes': 98765}]}, open(out, 'w'))
+"""
+
+
 def test_measurements_of_tools_are_on_the_page_and_not_repeated(
     tmp_path: Path, tiny_interactions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "count.py"
-    script.write_text(
-        "import json, sys\n"
-        "model, data, out = sys.argv[1:]\n"
-        "json.dump({'found': [{'what': data, 'ms': 1234.567, 'bytes': 98765}]}, open(out, 'w'))\n"
-    )
+    script.write_text(COUNT)
     sets = {"small": {"config": str(tiny_interactions.config), "seeds": [3, 1]}}
-    bench = {
-        "about": "What it costs.",
-        "of": ["b", "a"],
-        "run": [f"{script} {{model}} {{data}} {{out}}"],
-        "records": "found",
-    }
-    claim = read_claim(
-        written(tmp_path, sets=sets, cells={"a": {}, "b": {"set": ["pretrain.epochs=2"]}}, benches=[bench])
-    )
+    run = [f"{script} {{model}} {{data}} {{out}}"]
+    bench = {"about": "What it costs.", "of": ["b", "a"], "run": run, "records": "found"}
+    cells = {"a": {}, "b": {"set": ["pretrain.epochs=2"]}}
+    claim = read_claim(written(tmp_path, sets=sets, cells=cells, benches=[bench]))
     planned = plan_trials(claim, tmp_path / "runs")
     with pytest.raises(DataError, match="not finished: small: b, seed 3: What it costs"):
         read_benchmarks(claim, planned)
@@ -510,15 +513,8 @@ def test_measurements_of_tools_are_on_the_page_and_not_repeated(
     assert figures.records[1] == {"cell": "a", "what": data, "ms": 1234.567, "bytes": 98765}
     result = Result("more", "", "ndcg_at_10", "test", [], {}, "open", [figures])
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    shown = "\n".join(
-        [
-            "What it costs.",
-            "",
-            "| cell | what | ms | bytes |",
-            "| --- | --- | --- | --- |",
-            f"| b | {data} | 1,235 | 98,765 |",
-        ]
-    )
+    header = "| cell | what | ms | bytes |\n| --- | --- | --- | --- |"
+    shown = f"What it costs.\n\n{header}\n| b | {data} | 1,235 | 98,765 |"
     assert shown in tables_as_markdown({"costs": result}, "page.md")
 
 

@@ -245,3 +245,17 @@ def test_unit_tests_have_the_name_of_their_module() -> None:
     assert len(tests) > 100 and not [test for test in tests if is_misplaced(test)]
     assert is_misplaced(ROOT / "tests/unit/loader/test_streams.py")
     assert is_misplaced(ROOT / "tests/unit/data/test_stream.py")
+
+
+MOST_LINES = 40  # of a test, which has one idea
+
+
+def test_a_test_has_few_lines() -> None:
+    long = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MOST_LINES:
+                    long.append(f"{file.relative_to(ROOT)}::{node.name} has {lines} lines")
+    assert not long

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -113,9 +114,7 @@ def test_a_killed_command_ends_with_the_files_of_an_uninterrupted_one(
         forks.stdin.flush()
         return json.loads(forks.stdout.readline())
 
-    def start() -> None:
-        put_inputs(name, shop, tmp_path / "out")
-
+    start = partial(put_inputs, name, shop, tmp_path / "out")
     start()
     status, seconds = run()
     assert status == 0

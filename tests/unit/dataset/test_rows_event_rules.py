@@ -306,11 +306,9 @@ def test_nothing_at_or_after_a_request_is_known_to_it(tmp_path: Path, visit: Vis
     changed_items = [{**item, "brand": "later"} if item["updated"] >= cut else item for item in items]
     found, later = [], []
     splits = {"validation_from": float(rows[100]["timestamp"]), "test_from": float(rows[190]["timestamp"])}
-    for number, (table, of_users, of_items) in enumerate(
-        ((rows, users, items), (changed, changed_users, changed_items))
-    ):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+    tables = (rows, users, items), (changed, changed_users, changed_items)
+    for number, (table, of_users, of_items) in enumerate(tables):
+        (folder := tmp_path / str(number)).mkdir()
         pq.write_table(pa.Table.from_pylist(of_users), folder / "users.parquet")
         dated = {"users": folder / "users.parquet", "users_time_column": "since", "items_time_column": "updated"}
         make(folder, table, config=config, items=pa.Table.from_pylist(of_items), **dated, **splits)

@@ -7,7 +7,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,24 +250,29 @@ def until(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("layout", ["model", pytest.param("models", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("url", ["memory", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
-def test_sixteen_clients_through_ten_switches(
-    layout: str, live: Store, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No request fails or mixes two models, with a folder of models or one that is replaced before or after."""
-    names, folders = ("first", "second"), Folders(models, live.url)
+def answers_of_each(models: Path, live: Store, names: Sequence[str]) -> list[dict[Any, Any]]:
+    """Return the answers of each collection, which all differ."""
     own = []
     for name in names:
         with TestClient(make_app(Folders(models, f"{live.url}#{name}").open(), cache_size=0)) as client:
             own.append(dict(answers_of(client, number) for number in range(60)))
     assert len(own[0]) == 60 and all(not same(own[0][kind], own[1][kind]) for kind in own[0])
-    if layout == "model":
-        shutil.copytree(models / "night 0", tmp_path / "model")
-        folders = Folders(tmp_path / "model", live.url)
-    stop, failed, counts = threading.Event(), list[str](), [0, 0]
+    return own
 
-    def ask(client: TestClient, number: int) -> None:
+
+def put_model(models: Path, switch: int, folder: Path) -> None:
+    shutil.copytree(models / f"night {switch % 2}", folder / "new")
+    replace_folder(folder / "new", folder / "model")
+
+
+@contextmanager
+def asking(
+    client: TestClient, clients: int, own: list[dict[Any, Any]], counts: list[int], failed: list[str]
+) -> Iterator[None]:
+    """A context in which clients ask, and count the answers of each collection."""
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
         while not stop.is_set():
             number += 7
             try:
@@ -275,14 +281,29 @@ def test_sixteen_clients_through_ten_switches(
             except Exception as error:
                 failed.append(repr(error))
 
-    def put_model(switch: int) -> None:
-        shutil.copytree(models / f"night {switch % 2}", tmp_path / "new")
-        replace_folder(tmp_path / "new", tmp_path / "model")
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    yield
+    stop.set()
+    for thread in threads:
+        thread.join()
 
-    with TestClient(make_app(folders.open(), folders=folders, poll_s=0.02)) as client:
-        threads = [threading.Thread(target=ask, args=(client, number)) for number in range(16)]
-        for thread in threads:
-            thread.start()
+
+@pytest.mark.parametrize("layout", ["model", pytest.param("models", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("url", ["memory", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
+def test_sixteen_clients_through_ten_switches(
+    layout: str, live: Store, models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request fails or mixes two models, with a folder of models or one that is replaced before or after."""
+    names, folders = ("first", "second"), Folders(models, live.url)
+    own = answers_of_each(models, live, names)
+    if layout == "model":
+        shutil.copytree(models / "night 0", tmp_path / "model")
+        folders = Folders(tmp_path / "model", live.url)
+    failed, counts = list[str](), [0, 0]
+    app = make_app(folders.open(), folders=folders, poll_s=0.02)
+    with TestClient(app) as client, asking(client, 16, own, counts, failed):
 
         def served() -> str:
             return str(client.get("/api/about").json()["collection"])
@@ -293,22 +314,19 @@ def test_sixteen_clients_through_ten_switches(
         for switch in range(1, 11):
             before = loads()
             if layout == "model" and switch % 4 < 2:  # the model first
-                put_model(switch)
+                put_model(models, switch, tmp_path)
                 until(lambda before=before: loads() > before)  # type: ignore[misc]
                 assert served() == names[1 - switch % 2], "the model in memory serves its collection"
             live.switch("live", names[switch % 2])
             if layout == "model" and switch % 4 >= 2:
                 until(lambda before=before: loads() > before)  # type: ignore[misc]
                 assert served() == names[1 - switch % 2], "the previous collection is served"
-                put_model(switch)
+                put_model(models, switch, tmp_path)
             until(lambda switch=switch: served() == names[switch % 2])  # type: ignore[misc]
             enough = counts[switch % 2] + 10
             until(lambda switch=switch, enough=enough: counts[switch % 2] > enough or bool(failed))  # type: ignore[misc]
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert not failed, failed[:3]
         assert min(counts) > 50 and counted(client)["bigdssm_model_loads_total"] >= 10
+    assert not failed, failed[:3]
     if layout == "model":
         assert "serving the previous collection, first" in caplog.text
 
