@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests. Makes .venv if it is missing.
 #
-#   bash tests/run.sh            everything that takes seconds (about 12 minutes on 2 cores)
-#   bash tests/run.sh --full     the slow tests too (about 50 minutes); needs Java 17 and pgvector
+#   bash tests/run.sh            everything that takes seconds (about 9 minutes on 2 cores)
+#   bash tests/run.sh --full     the slow tests too (about 45 minutes); needs Java 17 and pgvector
 #
 # Real data for some tests is looked for in $BIGDSSM_SHARED, then in ../shared; without it they are skipped.
 set -euo pipefail

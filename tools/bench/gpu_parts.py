@@ -60,7 +60,8 @@ def families(bench: Bench, args: Any) -> None:
     for family in FAMILIES:
         with bench.or_skip(f"family {family}"), tempfile.TemporaryDirectory() as folder:
             torch.manual_seed(0)
-            AutoModel.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(folder)
+            config = AutoConfig.for_model(family, **shape)
+            AutoModel.from_config(config, trust_remote_code=False).save_pretrained(folder)
             encoder = build_pretrained(pretrained_architecture(folder), folder).to(bench.device).eval()
             exact = encoder(tokens.to(bench.device))
             inputs: Any = tokens.to(bench.device)

@@ -94,9 +94,9 @@ def put_inputs(name: str, shop: Path, out: Path) -> None:
         out.mkdir()
 
 
-def assert_same_scores(found: Path, scores: np.ndarray) -> None:
+def assert_same_scores(resumed: Path, scores: np.ndarray) -> None:
     """A resumed teacher encodes documents in other batches, which changes the last bits."""
-    again = np.load(found)
+    again = np.load(resumed)
     assert all((again[field] == scores[field]).all() for field in ("query", "window"))
     assert_scores_close(again["teacher"], scores["teacher"], width=8)
 

@@ -90,7 +90,7 @@ def assert_excluded(
     view: Dataset, raw: Dataset, events: dict[str, list[dict[str, Any]]], every: dict[tuple[str, int], Rows],
     visit: VisitConfig, exclude_seen: bool | str, split: str, excludes_ties: bool,
 ) -> None:  # fmt: skip
-    """Histories have all events; what is excluded depends on the history and the request."""
+    """Histories have all events; the history and the request determine the excluded items."""
     for r in view.iterate(split, 7):
         for i, (user, position) in enumerate(keys_of(view, r)):
             event, history = events[user][position], known_to(events[user], position, excludes_ties)

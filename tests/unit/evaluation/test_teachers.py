@@ -175,13 +175,13 @@ def _of(everything: np.ndarray, docs: np.ndarray) -> np.ndarray:
     return np.where(docs < 0, np.nan, np.take_along_axis(everything, np.maximum(docs, 0), 1))
 
 
-def recording(teacher: PairTeacher, asked_for: list[np.ndarray], calls: int | None = None) -> PairTeacher:
+def recording(teacher: PairTeacher, requested: list[np.ndarray], calls: int | None = None) -> PairTeacher:
     """Return a teacher that lists the queries of its calls, and is killed after some."""
 
     def record(rows: Rows, docs: np.ndarray) -> np.ndarray:
-        if len(asked_for) == calls:
+        if len(requested) == calls:
             raise KeyboardInterrupt
-        asked_for.append(rows.query_keys)
+        requested.append(rows.query_keys)
         return teacher(rows, docs)
 
     return record
@@ -192,9 +192,9 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
 ) -> None:
     given, out = HardNegatives.open(negatives), tmp_path / "scored.npy"
     teacher = VectorTeacher(tower_encoders(model, dataset), dataset.catalogue.num_docs)
-    asked_for: list[np.ndarray] = []
+    requested: list[np.ndarray] = []
     seen: list[np.ndarray] = []
-    killed, counted = recording(teacher, asked_for, 3), recording(teacher, seen)
+    killed, counted = recording(teacher, requested, 3), recording(teacher, seen)
 
     def make(teacher: PairTeacher, rank: int, names: list[str]) -> HardNegatives | None:
         return score_pairs(out, given, dataset, [teacher], names, Share(rank, 2, rows_per_chunk=60))
@@ -205,14 +205,14 @@ def test_ranks_share_the_queries_and_resume_after_a_kill(
     assert make(counted, 1, ["one"]) is None and not out.exists()
     whole = make(counted, 0, ["one"])
     assert whole is not None
-    np.testing.assert_array_equal(np.sort(np.concatenate([*asked_for, *seen])), given.queries)
+    np.testing.assert_array_equal(np.sort(np.concatenate([*requested, *seen])), given.queries)
     direct = score_pairs(tmp_path / "direct.npy", given, dataset, [teacher], ["one"], Share())
     assert direct is not None
     np.testing.assert_allclose(
         whole.teacher_scores(given.queries), direct.teacher_scores(given.queries), rtol=1e-4, atol=1e-4
     )
     # scores of another teacher are not reused
-    asked_for.clear()
+    requested.clear()
     with pytest.raises(KeyboardInterrupt):
         make(killed, 0, ["one"])
     seen.clear()

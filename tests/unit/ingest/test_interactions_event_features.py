@@ -347,7 +347,7 @@ def blocks_of(dataset: Dataset, split: str) -> list[tuple[np.ndarray, pa.RecordB
 OF_REQUESTS = replace(CONFIG, request=("action", "gap", "price", "hour", "when"))
 
 
-def asked_by_a_user(folder: Path) -> tuple[Dataset, Queries, str, float, int]:
+def request_of_a_user(folder: Path) -> tuple[Dataset, Queries, str, float, int]:
     """Return a dataset with features of requests, its queries, a user, a time, and the code of the action buy."""
     rows = rows_of_events(7, 150, 1_700_000_000)
     make(folder, rows, config=OF_REQUESTS)
@@ -359,7 +359,7 @@ def asked_by_a_user(folder: Path) -> tuple[Dataset, Queries, str, float, int]:
 
 
 def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
-    dataset, queries, user, now, buy = asked_by_a_user(tmp_path)
+    dataset, queries, user, now, buy = request_of_a_user(tmp_path)
     query = queries.of(Request(user=user, now=now, context={"action": "buy", "price": 3}))
     assert query.columns["request.action"].tolist() == [buy]  # type: ignore[union-attr]
     assert query.columns["request.gap"].tolist() == elapsed_codes(np.array([3600.0])).tolist()  # type: ignore[union-attr]
@@ -386,7 +386,7 @@ def test_a_request_in_serving_is_that_of_training(tmp_path: Path) -> None:
 
 
 def test_a_request_from_python_is_that_of_training(tmp_path: Path) -> None:
-    dataset, _, _, now, buy = asked_by_a_user(tmp_path)
+    dataset, _, _, now, buy = request_of_a_user(tmp_path)
     given, _ = columns_of_values(
         [{"past": ["i3"], "request.action": "buy", "request.gap": 3600.0, "request.when": now}, {"past": ["i3"]}],
         dataset.schema.query, dataset.schema.doc, None, dataset.schema.event, dataset.schema.request,
@@ -404,7 +404,7 @@ def test_a_request_from_python_is_that_of_training(tmp_path: Path) -> None:
 
 
 def test_invalid_requests_are_refused(tmp_path: Path) -> None:
-    dataset, queries, user, now, _ = asked_by_a_user(tmp_path)
+    dataset, queries, user, now, _ = request_of_a_user(tmp_path)
     without_now = Request(user=user), Request(events=[Event("i3", now)])
     for refused in (*(lambda r=r: queries.of(r) for r in without_now), lambda: Users(dataset)):
         with pytest.raises(ConfigError, match="now is missing: the features gap, hour, when of a request are"):

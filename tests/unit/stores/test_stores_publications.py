@@ -118,7 +118,7 @@ def check(store: Store, expected: dict[str, Expected]) -> None:
 
 
 def published(store: Store, expected: dict[str, Expected], name: str, folder: Path, dataset: Dataset) -> Counter[str]:
-    """Publish, and compare the report with the model of the collection, which is updated; return what occurred."""
+    """Publish, compare the report with the model of the collection and update it; return counts of outcomes."""
     if name in expected and dataset.stamp < expected[name].stamp:
         with pytest.raises(DataError, match="later documents would be lost; publish the later dataset"):
             publish(store, folder, dataset, name)

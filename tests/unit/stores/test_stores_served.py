@@ -269,7 +269,7 @@ def put_model(models: Path, switch: int, folder: Path) -> None:
 def asking(
     client: TestClient, clients: int, own: list[dict[Any, Any]], counts: list[int], failed: list[str]
 ) -> Iterator[None]:
-    """A context in which clients ask, and count the answers of each collection."""
+    """A context in which clients send requests and count the answers of each collection."""
     stop = threading.Event()
 
     def ask(number: int) -> None:
